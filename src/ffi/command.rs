@@ -1,0 +1,355 @@
+//! Commands as the server sees them: registered with their documentation, entered through one
+//! function that parses nothing, lets no panic out, and writes the reply.
+
+use std::borrow::Cow;
+use std::ffi::{c_int, CStr, CString};
+use std::panic::{self, AssertUnwindSafe};
+use std::ptr;
+
+use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
+
+use super::api;
+use super::context::{Context, OwnedStr, Str};
+
+/// A command of the module.
+pub trait Command {
+    /// How it is registered and documented.
+    const SPEC: Spec;
+
+    /// Runs it. `args` are as the client sent them, the command's name first; the server has
+    /// checked their number against [`Spec::arity`].
+    ///
+    /// # Errors
+    /// The error's text, starting with its code ("ERR ...").
+    fn run(ctx: &Context, args: &[Str<'_>]) -> CommandResult;
+}
+
+/// What a command answers: a reply, or an error's text.
+pub type CommandResult = Result<Reply, Cow<'static, CStr>>;
+
+/// A reply.
+pub enum Reply {
+    /// An integer.
+    Integer(i64),
+    /// An array of integers.
+    Integers(Vec<i64>),
+    /// Pairs: a map in RESP3, a flat array in RESP2.
+    Map(Vec<(OwnedStr, i64)>),
+    /// An array of simple strings.
+    Lines(&'static [&'static CStr]),
+}
+
+/// How a command is registered, and what COMMAND INFO and COMMAND DOCS say of it.
+pub struct Spec {
+    /// The name, in lower case.
+    pub name: &'static CStr,
+    /// The server's command flags, as `RedisModule_CreateCommand` takes them.
+    pub flags: &'static CStr,
+    /// The number of arguments with the name; negative: at least that many.
+    pub arity: c_int,
+    /// Where its keys are.
+    pub keys: Keys,
+    /// One line.
+    pub summary: &'static CStr,
+    /// In the server's manner: "O(1)".
+    pub complexity: &'static CStr,
+    /// The module's version that brought it.
+    pub since: &'static CStr,
+    /// The arguments after the name.
+    pub args: &'static [Arg],
+}
+
+/// Where the keys of a command are.
+#[derive(Clone, Copy)]
+pub enum Keys {
+    /// It has none.
+    None,
+    /// The first argument is its one key.
+    First(Access),
+}
+
+/// What a command does with its key.
+#[derive(Clone, Copy)]
+pub enum Access {
+    /// Reads it, and returns some of it.
+    Read,
+    /// Adds to it or changes what is there.
+    Update,
+    /// Takes something out of it.
+    Delete,
+}
+
+/// One argument, as COMMAND DOCS shows it.
+#[derive(Clone, Copy)]
+pub struct Arg {
+    name: &'static CStr,
+    kind: raw::RedisModuleCommandArgType,
+    token: Option<&'static CStr>,
+    flags: u32,
+}
+
+impl Arg {
+    const fn new(name: &'static CStr, kind: raw::RedisModuleCommandArgType) -> Self {
+        Self { name, kind, token: None, flags: raw::REDISMODULE_CMD_ARG_NONE }
+    }
+
+    /// The command's key.
+    #[must_use]
+    pub const fn key(name: &'static CStr) -> Self {
+        Self::new(name, raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_KEY)
+    }
+
+    /// Any bytes.
+    #[must_use]
+    pub const fn string(name: &'static CStr) -> Self {
+        Self::new(name, raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_STRING)
+    }
+
+    /// An integer.
+    #[must_use]
+    pub const fn integer(name: &'static CStr) -> Self {
+        Self::new(name, raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_INTEGER)
+    }
+
+    /// A decimal number.
+    #[must_use]
+    pub const fn decimal(name: &'static CStr) -> Self {
+        Self::new(name, raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_DOUBLE)
+    }
+
+    /// An optional word by itself, such as NX.
+    #[must_use]
+    pub const fn option(name: &'static CStr, token: &'static CStr) -> Self {
+        Self::new(name, raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_PURE_TOKEN)
+            .after(token)
+            .optional()
+    }
+
+    /// Preceded by this word, as in COUNT n.
+    #[must_use]
+    pub const fn after(mut self, token: &'static CStr) -> Self {
+        self.token = Some(token);
+        self
+    }
+
+    /// May be left out.
+    #[must_use]
+    pub const fn optional(mut self) -> Self {
+        self.flags |= raw::REDISMODULE_CMD_ARG_OPTIONAL;
+        self
+    }
+
+    /// May be repeated.
+    #[must_use]
+    pub const fn multiple(mut self) -> Self {
+        self.flags |= raw::REDISMODULE_CMD_ARG_MULTIPLE;
+        self
+    }
+}
+
+/// The module while it loads.
+pub struct Module {
+    ctx: *mut RedisModuleCtx,
+}
+
+impl Module {
+    /// Starts loading: checks the server, and sets the module's options.
+    ///
+    /// # Errors
+    /// What the server lacks.
+    pub fn load(ctx: &redis_module::Context) -> Result<Self, String> {
+        if let Some(function) = api::missing() {
+            return Err(format!("this server is too old: it has no {function}"));
+        }
+        // Without the first option, closing a set that was opened to be written aborts every
+        // WATCH on it, changed or not. Without the second, loading this module switches diskless
+        // loading by swap off for the whole server.
+        let options = raw::REDISMODULE_OPTION_NO_IMPLICIT_SIGNAL_MODIFIED
+            | raw::REDISMODULE_OPTIONS_HANDLE_REPL_ASYNC_LOAD;
+        // SAFETY: the server is loading the module with this context.
+        unsafe { api!(RedisModule_SetModuleOptions(ctx.ctx, options as c_int)) };
+        Ok(Self { ctx: ctx.ctx })
+    }
+
+    /// Registers a command with its documentation.
+    ///
+    /// # Errors
+    /// If the server refuses it.
+    pub fn register<C: Command>(&self) -> Result<(), String> {
+        let spec = &C::SPEC;
+        let refused = |what| format!("the server refused {what} {}", spec.name.to_string_lossy());
+        let (first_key, last_key, step) = match spec.keys {
+            Keys::None => (0, 0, 0),
+            Keys::First(_) => (1, 1, 1),
+        };
+        // SAFETY: the context is that of the load, the texts end with NUL, and `entry` is a
+        // command function. The server copies what it keeps.
+        let status = unsafe {
+            api!(RedisModule_CreateCommand(
+                self.ctx,
+                spec.name.as_ptr(),
+                Some(entry::<C>),
+                spec.flags.as_ptr(),
+                first_key,
+                last_key,
+                step
+            ))
+        };
+        if status != raw::REDISMODULE_OK as c_int {
+            return Err(refused("the command"));
+        }
+        if self.document(spec) != raw::REDISMODULE_OK as c_int {
+            return Err(refused("the documentation of"));
+        }
+        Ok(())
+    }
+
+    fn document(&self, spec: &Spec) -> c_int {
+        let mut key_specs = key_specs(spec.keys);
+        let mut args = raw_args(spec.args);
+        let version = raw::RedisModuleCommandInfoVersion {
+            version: 1,
+            sizeof_historyentry: size_of::<raw::RedisModuleCommandHistoryEntry>(),
+            sizeof_keyspec: size_of::<raw::RedisModuleCommandKeySpec>(),
+            sizeof_arg: size_of::<raw::RedisModuleCommandArg>(),
+        };
+        let info = raw::RedisModuleCommandInfo {
+            version: &version,
+            summary: spec.summary.as_ptr(),
+            complexity: spec.complexity.as_ptr(),
+            since: spec.since.as_ptr(),
+            history: ptr::null_mut(),
+            tips: ptr::null(),
+            arity: spec.arity,
+            key_specs: key_specs.as_mut_ptr(),
+            args: args.as_mut_ptr(),
+        };
+        // SAFETY: the command was just registered; `info` points to arrays that end with a
+        // zeroed element, and the server copies all of it.
+        unsafe {
+            let command = api!(RedisModule_GetCommand(self.ctx, spec.name.as_ptr()));
+            if command.is_null() {
+                return raw::REDISMODULE_ERR as c_int;
+            }
+            api!(RedisModule_SetCommandInfo(command, &info))
+        }
+    }
+}
+
+/// The key specs, with the zeroed one that ends them.
+fn key_specs(keys: Keys) -> Vec<raw::RedisModuleCommandKeySpec> {
+    // SAFETY: a plain C struct, for which all zeroes is the value that ends an array.
+    let end: raw::RedisModuleCommandKeySpec = unsafe { std::mem::zeroed() };
+    let Keys::First(access) = keys else {
+        return vec![end];
+    };
+    let flags = match access {
+        Access::Read => raw::REDISMODULE_CMD_KEY_RO | raw::REDISMODULE_CMD_KEY_ACCESS,
+        Access::Update => {
+            raw::REDISMODULE_CMD_KEY_RW
+                | raw::REDISMODULE_CMD_KEY_ACCESS
+                | raw::REDISMODULE_CMD_KEY_UPDATE
+        }
+        Access::Delete => raw::REDISMODULE_CMD_KEY_RW | raw::REDISMODULE_CMD_KEY_DELETE,
+    };
+    let mut first = end;
+    first.flags = u64::from(flags);
+    first.begin_search_type = raw::RedisModuleKeySpecBeginSearchType_REDISMODULE_KSPEC_BS_INDEX;
+    first.bs.index.pos = 1;
+    first.find_keys_type = raw::RedisModuleKeySpecFindKeysType_REDISMODULE_KSPEC_FK_RANGE;
+    first.fk.range = raw::RedisModuleCommandKeySpec__bindgen_ty_2__bindgen_ty_1 {
+        lastkey: 0,
+        keystep: 1,
+        limit: 0,
+    };
+    vec![first, end]
+}
+
+/// The arguments, with the zeroed one that ends them.
+fn raw_args(args: &[Arg]) -> Vec<raw::RedisModuleCommandArg> {
+    // SAFETY: a plain C struct, for which all zeroes is the value that ends an array.
+    let end: raw::RedisModuleCommandArg = unsafe { std::mem::zeroed() };
+    let is_key = |arg: &Arg| arg.kind == raw::RedisModuleCommandArgType_REDISMODULE_ARG_TYPE_KEY;
+    args.iter()
+        .map(|arg| raw::RedisModuleCommandArg {
+            name: arg.name.as_ptr(),
+            type_: arg.kind,
+            key_spec_index: if is_key(arg) { 0 } else { -1 },
+            token: arg.token.map_or(ptr::null(), CStr::as_ptr),
+            flags: arg.flags as c_int,
+            ..end
+        })
+        .chain([end])
+        .collect()
+}
+
+/// Where the server enters a command.
+///
+/// # Safety
+/// Only the server calls it, with a valid context and `argc` strings at `argv`.
+unsafe extern "C" fn entry<C: Command>(
+    ctx: *mut RedisModuleCtx,
+    argv: *mut *mut RedisModuleString,
+    argc: c_int,
+) -> c_int {
+    // SAFETY: the server's arguments of the call at hand; neither value outlives it.
+    let (ctx, args) = unsafe { (Context::new(ctx), Str::slice(argv, argc)) };
+    let result = panic::catch_unwind(AssertUnwindSafe(|| C::run(&ctx, args)));
+    match result {
+        Ok(Ok(reply)) => reply.send(&ctx),
+        Ok(Err(text)) => send_error(&ctx, &text),
+        // Unwinding across the border would abort the server.
+        Err(panic) => {
+            contain(&ctx, panic.as_ref());
+            send_error(&ctx, c"ERR internal error in the module limiter, see the server's log");
+        }
+    }
+    raw::REDISMODULE_OK as c_int
+}
+
+/// Logs what was caught at the border.
+fn contain(ctx: &Context, panic: &(dyn std::any::Any + Send)) {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let line = format!("limiter: a panic was contained: {}", text.unwrap_or("no text"));
+    let line = CString::new(line.replace('\0', " ")).unwrap_or_default();
+    ctx.log_warning(&line);
+}
+
+fn send_error(ctx: &Context, text: &CStr) {
+    // SAFETY: the context is valid, the text ends with NUL and is copied.
+    unsafe { api!(RedisModule_ReplyWithError(ctx.as_ptr(), text.as_ptr())) };
+}
+
+impl Reply {
+    fn send(self, ctx: &Context) {
+        let ctx = ctx.as_ptr();
+        // SAFETY: the context is valid; strings and texts are copied before they are dropped.
+        unsafe {
+            match self {
+                Reply::Integer(integer) => {
+                    api!(RedisModule_ReplyWithLongLong(ctx, integer));
+                }
+                Reply::Integers(integers) => {
+                    api!(RedisModule_ReplyWithArray(ctx, integers.len() as _));
+                    for integer in integers {
+                        api!(RedisModule_ReplyWithLongLong(ctx, integer));
+                    }
+                }
+                Reply::Map(pairs) => {
+                    api!(RedisModule_ReplyWithMap(ctx, pairs.len() as _));
+                    for (name, integer) in pairs {
+                        api!(RedisModule_ReplyWithString(ctx, name.as_ptr()));
+                        api!(RedisModule_ReplyWithLongLong(ctx, integer));
+                    }
+                }
+                Reply::Lines(lines) => {
+                    api!(RedisModule_ReplyWithArray(ctx, lines.len() as _));
+                    for line in lines {
+                        api!(RedisModule_ReplyWithSimpleString(ctx, line.as_ptr()));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The border to the server: the only folder with `unsafe` in it.
+//!
+//! What is here is safe to call from the rest of the module, because:
+//!
+//! - Every server function that is used is in the list of [`api`], and the module refuses to load
+//!   if the server lacks one of them.
+//! - The server calls in on its one main thread, and each of our types that holds a server's
+//!   pointer borrows the [`Context`] of the call it came from, so it cannot outlive the call.
+//! - A panic never crosses into the server: [`command`] turns it into an error reply.
+//! - While a key is open, nothing runs that could change it behind the handle: no `RM_Call`, no
+//!   keyspace notification (those are sent when the handle is closed).
+//!
+//! | file | what it wraps |
+//! | --- | --- |
+//! | `api.rs` | the server's functions, checked at load |
+//! | `context.rs` | one call into the module: clock, log, arguments, replies |
+//! | `command.rs` | registering a command with its documentation, and the way in |
+//! | `sorted_set.rs` | a limiter's sorted set, as [`crate::limiter::Leases`] |
+
+#[macro_use]
+mod api;
+mod command;
+mod context;
+mod sorted_set;
+
+pub use command::{Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
+pub use context::{Context, Str};
+pub use sorted_set::{count_after, score_of_rank, NotOpened, ReadSet, SortedSet};

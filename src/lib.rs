@@ -1,0 +1,92 @@
+//! redis-limiter: limits on concurrent operations, inside Redis.
+//!
+//! A *limiter* lets at most N operations run at once. It is one sorted set: its key is the
+//! `prefix`, each member the `key` of one holder, each score the time its lease lapses. The
+//! commands prune, count and add in one step inside the server, by the server's clock.
+//!
+//! | command | file |
+//! | --- | --- |
+//! | `LIMITER.ACQUIRE prefix key limit ttl [NX] [WITHSTATE]` | `commands/acquire.rs` |
+//! | `LIMITER.RELEASE prefix key [key ...]` | `commands/release.rs` |
+//! | `LIMITER.RENEW prefix key ttl` | `commands/renew.rs` |
+//! | `LIMITER.COUNT prefix` | `commands/count.rs` |
+//! | `LIMITER.HOLDERS prefix [COUNT n]` | `commands/holders.rs` |
+//! | `LIMITER.HELP` | `commands/help.rs` |
+//!
+//! | part | job | knows |
+//! | --- | --- | --- |
+//! | `commands` | parse, act, reply; every error text | `limiter`, `ffi` |
+//! | `limiter` | the rules of leases, pure | std only |
+//! | `ffi` | the border to the server, the only `unsafe` | the server, `limiter`'s trait |
+
+#![deny(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod commands;
+#[allow(unsafe_code)]
+mod ffi;
+mod limiter;
+
+use redis_module::{redis_module, Context, RedisString, Status};
+
+// The server's allocator, so that its INFO and maxmemory count our memory. Unit tests run without
+// a server.
+#[cfg(not(test))]
+use redis_module::alloc::RedisAlloc as Allocator;
+#[cfg(test)]
+use std::alloc::System as Allocator;
+
+/// 1 * major * 10000 + minor * 100 + patch, as MODULE LIST shows it.
+const VERSION: i32 = 100;
+
+redis_module! {
+    name: "limiter",
+    version: VERSION,
+    allocator: (Allocator, Allocator),
+    data_types: [],
+    init: init,
+}
+
+fn init(ctx: &Context, args: &[RedisString]) -> Status {
+    match load(ctx, args) {
+        Ok(()) => Status::Ok,
+        Err(why) => {
+            ctx.log_warning(&format!("limiter: not loaded: {why}"));
+            Status::Err
+        }
+    }
+}
+
+fn load(ctx: &Context, args: &[RedisString]) -> Result<(), String> {
+    if !args.is_empty() {
+        return Err("it takes no arguments".into());
+    }
+    let module = ffi::Module::load(ctx)?;
+    module.register::<commands::Acquire>()?;
+    module.register::<commands::Release>()?;
+    module.register::<commands::Renew>()?;
+    module.register::<commands::Count>()?;
+    module.register::<commands::Holders>()?;
+    module.register::<commands::Help>()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_version_is_the_crates() {
+        let part = |text: &str| text.parse::<i32>().unwrap();
+        let version = part(env!("CARGO_PKG_VERSION_MAJOR")) * 10_000
+            + part(env!("CARGO_PKG_VERSION_MINOR")) * 100
+            + part(env!("CARGO_PKG_VERSION_PATCH"));
+        assert_eq!(super::VERSION, version);
+    }
+}
