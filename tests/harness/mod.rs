@@ -1,0 +1,348 @@
+//! Starts real servers with the module loaded, and speaks to them.
+//!
+//! - The server is `$REDIS_SERVER`, else the `redis-server` on the path. Each has a temporary
+//!   folder and a free port of its own, so tests run side by side.
+//! - The module is built here, once a test binary, so that a stale one is never tested: a test
+//!   run does not build a crate that is only a cdylib.
+//! - Nothing waits for a time to pass, only for a condition, with a deadline ([`wait_until`]).
+//! - A server is killed and reaped when dropped. If the test failed or the server died by itself,
+//!   its log is printed.
+
+#![allow(dead_code)] // Each test binary uses its own part of this.
+
+use std::fs;
+use std::io::Write;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use redis::{Parser, Value};
+use tempfile::TempDir;
+
+/// How long anything may take before a test gives it up.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Waits until `condition` holds; fails the test, saying `what`, if it does not in time.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let give_up = Instant::now() + DEADLINE;
+    while !condition() {
+        assert!(Instant::now() < give_up, "waited in vain until {what}");
+        thread::sleep(Duration::from_millis(1)); // Between two looks, not instead of them.
+    }
+}
+
+/// The module's library, built with the profile of this test binary.
+pub fn module() -> &'static Path {
+    static MODULE: OnceLock<PathBuf> = OnceLock::new();
+    MODULE.get_or_init(|| {
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--lib"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
+        assert!(build.status().expect("cargo").success(), "the module does not build");
+        let test_binary = std::env::current_exe().expect("a test binary");
+        let profile = test_binary.ancestors().nth(2).expect("target/<profile>/deps/<binary>");
+        let name = format!("libredis_limiter{}", std::env::consts::DLL_SUFFIX);
+        let library = profile.join(name);
+        assert!(library.exists(), "{} was not built", library.display());
+        library
+    })
+}
+
+/// The server program that is tested.
+pub fn server_program() -> PathBuf {
+    std::env::var_os("REDIS_SERVER").map_or_else(|| "redis-server".into(), PathBuf::from)
+}
+
+/// A running server.
+pub struct Server {
+    process: Child,
+    pub port: u16,
+    folder: TempDir,
+    options: Vec<String>,
+}
+
+impl Server {
+    /// Starts a server with the module and nothing else of note.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a server with the module and more options, such as `["--appendonly", "yes"]`.
+    pub fn start_with(options: &[&str]) -> Self {
+        let module = module().to_str().expect("a path in UTF-8");
+        Self::start_bare(&[&["--loadmodule", module], options].concat())
+    }
+
+    /// Starts a server without the module.
+    pub fn start_bare(options: &[&str]) -> Self {
+        Self::launch(options.iter().map(ToString::to_string).collect())
+    }
+
+    fn launch(options: Vec<String>) -> Self {
+        // Another process may take the port between our look and the server's: try again then.
+        for _ in 0..20 {
+            let folder = TempDir::new().expect("a temporary folder");
+            let port = free_port();
+            let process = spawn(&folder, port, &options);
+            let mut server = Self { process, port, folder, options: options.clone() };
+            if server.comes_up() {
+                return server;
+            }
+            let log = server.log();
+            assert!(log.contains("Address already in use"), "the server did not start:\n{log}");
+        }
+        panic!("no free port");
+    }
+
+    /// Waits until it answers; false if it ended instead.
+    fn comes_up(&mut self) -> bool {
+        let mut up = false;
+        wait_until("the server is up", || {
+            if !self.is_running() {
+                return true;
+            }
+            let Ok(stream) = TcpStream::connect(("127.0.0.1", self.port)) else { return false };
+            up = Client::over(stream).try_run(&["PING"]).is_ok_and(|reply| reply == text("PONG"));
+            up
+        });
+        up
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.process.try_wait(), Ok(None))
+    }
+
+    /// A new connection.
+    pub fn client(&self) -> Client {
+        Client::over(TcpStream::connect(("127.0.0.1", self.port)).expect("a connection"))
+    }
+
+    /// What the server wrote to its log.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// Kills it as `kill -9` does, and starts it again in the same folder.
+    pub fn kill_and_restart(&mut self) {
+        self.process.kill().expect("to kill the server");
+        self.process.wait().expect("to reap the server");
+        self.restart();
+    }
+
+    /// Stops it in order, saving nothing but what the AOF has, and starts it again.
+    pub fn shutdown_and_restart(&mut self) {
+        self.client().send(&["SHUTDOWN", "NOSAVE"]);
+        wait_until("the server is down", || !self.is_running());
+        self.restart();
+    }
+
+    fn restart(&mut self) {
+        self.process = spawn(&self.folder, self.port, &self.options);
+        assert!(self.comes_up(), "the server did not start again:\n{}", self.log());
+    }
+
+    /// Every command that reached the AOF, in order. The server must run with [`AOF`].
+    pub fn effects(&self) -> Vec<Vec<String>> {
+        let folder = self.folder.path().join("appendonlydir");
+        let increment = fs::read_dir(&folder)
+            .expect("the AOF's folder")
+            .map(|entry| entry.expect("a file").path())
+            .find(|path| path.to_string_lossy().ends_with(".incr.aof"))
+            .expect("the AOF");
+        let bytes = fs::read(increment).expect("the AOF");
+        let mut rest = bytes.as_slice();
+        let mut parser = Parser::new();
+        let mut commands = Vec::new();
+        while !rest.is_empty() {
+            let command = parser.parse_value(&mut rest).expect("a command");
+            commands.push(strings(&command));
+        }
+        commands.retain(|command| !command.first().is_some_and(|name| name == "SELECT"));
+        commands
+    }
+}
+
+/// Options under which [`Server::effects`] works, and every reply means the AOF is on disk.
+pub const AOF: [&str; 6] =
+    ["--appendonly", "yes", "--appendfsync", "always", "--aof-use-rdb-preamble", "no"];
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let died = !self.is_running();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        if thread::panicking() || died {
+            eprintln!("--- log of the server on port {} ---\n{}", self.port, self.log());
+        }
+    }
+}
+
+fn spawn(folder: &TempDir, port: u16, options: &[String]) -> Child {
+    Command::new(server_program())
+        .args(["--port", &port.to_string(), "--save", "", "--logfile", "log"])
+        .args(["--enable-debug-command", "yes", "--enable-module-command", "yes"])
+        .args(options)
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}", server_program().display()))
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+/// A connection that does what it is told and nothing by itself: no retries, no reconnects.
+pub struct Client {
+    stream: TcpStream,
+    parser: Parser,
+}
+
+impl Client {
+    fn over(stream: TcpStream) -> Self {
+        stream.set_nodelay(true).expect("TCP_NODELAY");
+        stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+        Self { stream, parser: Parser::new() }
+    }
+
+    /// Sends a command and does not wait for the reply.
+    pub fn send<A: AsRef<[u8]>>(&mut self, args: &[A]) {
+        self.send_raw(&packed(args));
+    }
+
+    pub fn send_raw(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("to send");
+    }
+
+    /// The next reply.
+    pub fn receive(&mut self) -> Value {
+        self.parser.parse_value(&mut self.stream).expect("a reply")
+    }
+
+    pub fn try_run<A: AsRef<[u8]>>(&mut self, args: &[A]) -> redis::RedisResult<Value> {
+        self.stream.write_all(&packed(args))?;
+        self.parser.parse_value(&mut self.stream)
+    }
+
+    /// Sends a command and returns its reply, an error too.
+    pub fn run<A: AsRef<[u8]>>(&mut self, args: &[A]) -> Value {
+        self.send(args);
+        self.receive()
+    }
+
+    /// The same for a command written as one text, without blanks in its arguments.
+    pub fn call(&mut self, command: &str) -> Value {
+        self.run(&command.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// The integer a command replies.
+    pub fn int(&mut self, command: &str) -> i64 {
+        match self.call(command) {
+            Value::Int(integer) => integer,
+            other => panic!("{command}: {other:?} is no integer"),
+        }
+    }
+
+    /// The error a command replies, as it stands in the protocol.
+    pub fn error(&mut self, command: &str) -> String {
+        error_text(&self.call(command))
+    }
+
+    /// The strings of the array a command replies.
+    pub fn strings(&mut self, command: &str) -> Vec<String> {
+        strings(&self.call(command))
+    }
+
+    /// The text a command replies.
+    pub fn text(&mut self, command: &str) -> String {
+        string(&self.call(command))
+    }
+
+    /// The value of a field of INFO.
+    pub fn info(&mut self, section: &str, field: &str) -> String {
+        let info = self.text(&format!("INFO {section}"));
+        let start = format!("{field}:");
+        let line = info.lines().find(|line| line.starts_with(&start));
+        line.unwrap_or_else(|| panic!("no {field} in {info}"))[start.len()..].to_string()
+    }
+
+    /// The server's clock, in milliseconds.
+    pub fn now_ms(&mut self) -> i64 {
+        let time: Vec<i64> =
+            self.strings("TIME").iter().map(|part| part.parse().expect("a number")).collect();
+        time[0] * 1000 + time[1] / 1000
+    }
+
+    /// Waits until the server's clock shows `time_ms`.
+    pub fn wait_for_clock(&mut self, time_ms: i64) {
+        wait_until("the clock shows the time", || self.now_ms() >= time_ms);
+    }
+
+    /// Members and scores of a sorted set, in order.
+    pub fn members(&mut self, prefix: &str) -> Vec<(String, f64)> {
+        let flat = self.strings(&format!("ZRANGE {prefix} 0 -1 WITHSCORES"));
+        let pair = |pair: &[String]| (pair[0].clone(), pair[1].parse().expect("a score"));
+        flat.chunks(2).map(pair).collect()
+    }
+
+    pub fn close(self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn packed<A: AsRef<[u8]>>(args: &[A]) -> Vec<u8> {
+    let mut command = redis::Cmd::new();
+    for arg in args {
+        command.arg(arg.as_ref());
+    }
+    command.get_packed_command()
+}
+
+/// A reply that is this text, as a simple string.
+pub fn text(text: &str) -> Value {
+    Value::SimpleString(text.into())
+}
+
+/// A reply that is an array of these integers.
+pub fn ints(integers: &[i64]) -> Value {
+    Value::Array(integers.iter().copied().map(Value::Int).collect())
+}
+
+/// An error as it stands in the protocol.
+pub fn error_text(reply: &Value) -> String {
+    match reply {
+        Value::ServerError(error) => {
+            // The library has its own name for the plainest code.
+            let code = if error.code() == "ResponseError" { "ERR" } else { error.code() };
+            format!("{code} {}", error.details().unwrap_or_default())
+        }
+        other => panic!("{other:?} is no error"),
+    }
+}
+
+/// A reply as text.
+pub fn string(reply: &Value) -> String {
+    match reply {
+        Value::BulkString(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+        Value::SimpleString(text) | Value::VerbatimString { text, .. } => text.clone(),
+        Value::Int(integer) => integer.to_string(),
+        Value::Okay => "OK".into(),
+        Value::Nil => "nil".into(),
+        other => panic!("{other:?} is no text"),
+    }
+}
+
+/// The elements of an array as texts.
+pub fn strings(reply: &Value) -> Vec<String> {
+    match reply {
+        Value::Array(elements) | Value::Set(elements) => elements.iter().map(string).collect(),
+        other => panic!("{other:?} is no array"),
+    }
+}
