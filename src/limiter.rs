@@ -7,8 +7,8 @@
 //!   anything is counted, so a slot is never held by nobody.
 //! - [`acquire`] adds a newcomer only while fewer than `limit` leases are live. It never evicts.
 //! - A live holder that acquires again keeps its one slot.
-//! - Whatever changed the set leaves the set's own expiry at or after the end of its last lease,
-//!   and at most [`EXPIRY_SLACK_MAX_MS`] after it.
+//! - Whatever changes the set or grants a lease leaves the set's own expiry at or after the end
+//!   of its last lease, and at most [`EXPIRY_SLACK_MAX_MS`] after it.
 //!
 //! The idea, and the format (score = Unix time in seconds at which the lease lapses), are those
 //! of Python's `retools.limiter`.
@@ -136,7 +136,9 @@ pub fn lapse_ms(score: f64) -> Option<i64> {
 /// [`LAST_LAPSE_MS`].
 #[must_use]
 pub fn lapse_after(now_ms: i64, ttl_ms: i64) -> Option<i64> {
-    now_ms.checked_add(ttl_ms).filter(|end_ms| (now_ms.saturating_add(1)..=LAST_LAPSE_MS).contains(end_ms))
+    now_ms
+        .checked_add(ttl_ms)
+        .filter(|end_ms| (now_ms.saturating_add(1)..=LAST_LAPSE_MS).contains(end_ms))
 }
 
 /// Prunes, counts, and gives `key` a lease to `lapse_ms` if it holds one already or if fewer
@@ -157,8 +159,9 @@ pub fn acquire<L: Leases>(
         (false, Reacquire::Refresh) => leases.put(key, lapse_ms, Put::MoveOnly),
         (false, Reacquire::Deny) => Found::Refused,
     };
-    if pruned > 0 || changed(found) {
-        settle_expiry(leases, has_lease(found).then_some(lapse_ms));
+    let granted = found != Found::Refused;
+    if pruned > 0 || granted {
+        settle_expiry(leases, granted.then_some(lapse_ms));
     }
     match found {
         Found::Added => Outcome::Acquired,
@@ -193,14 +196,6 @@ pub fn next_free(live: u64, limit: u64) -> NextFree {
         // live - limit + 1 leases must lapse, the last of which has this rank.
         (_, Some(rank)) => NextFree::WhenLapsed { rank },
     }
-}
-
-fn changed(found: Found) -> bool {
-    matches!(found, Found::Added | Found::Moved)
-}
-
-fn has_lease(found: Found) -> bool {
-    !matches!(found, Found::Refused)
 }
 
 /// Writes the set's expiry anew unless it is right already. `known_lapse_ms` is the end of some

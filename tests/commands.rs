@@ -267,7 +267,10 @@ fn holders_of_many_leases_come_in_order() {
     }
     let holders = client.strings("LIMITER.HOLDERS p");
     let names: Vec<&String> = holders.iter().step_by(2).collect();
-    assert_eq!(names, (0..300).rev().map(|n| n.to_string()).collect::<Vec<_>>().iter().collect::<Vec<_>>());
+    assert_eq!(
+        names,
+        (0..300).rev().map(|n| n.to_string()).collect::<Vec<_>>().iter().collect::<Vec<_>>()
+    );
 }
 
 #[test]

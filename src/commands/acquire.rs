@@ -26,7 +26,8 @@ impl Command for Acquire {
         arity: -5,
         keys: Keys::First(Access::Update),
         summary: c"Takes a slot of a limiter if one is free, or refreshes the lease the key holds.",
-        complexity: c"O(log(N)+M) with N the number of leases and M the number of lapsed ones pruned.",
+        complexity:
+            c"O(log(N)+M) with N the number of leases and M the number of lapsed ones pruned.",
         since: super::SINCE_CORE,
         args: &[
             Arg::key(c"prefix"),

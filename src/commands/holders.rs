@@ -1,9 +1,7 @@
 //! `LIMITER.HOLDERS prefix [COUNT n]`: who holds a slot, and for how long yet. Reads only.
 
 use super::{errors, parse};
-use crate::ffi::{
-    Access, Arg, Command, CommandResult, Context, Keys, ReadSet, Reply, Spec, Str,
-};
+use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, ReadSet, Reply, Spec, Str};
 
 /// Lists the live leases, soonest to lapse first, and prunes nothing: it works on replicas.
 ///

@@ -1,9 +1,7 @@
 //! `LIMITER.RELEASE prefix key [key ...]`: give slots back.
 
 use super::errors;
-use crate::ffi::{
-    Access, Arg, Command, CommandResult, Context, Keys, Reply, SortedSet, Spec, Str,
-};
+use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, Reply, SortedSet, Spec, Str};
 use crate::limiter;
 
 /// Ends the leases of the keys.
@@ -19,7 +17,8 @@ impl Command for Release {
         arity: -3,
         keys: Keys::First(Access::Delete),
         summary: c"Gives back the slots that the keys hold in a limiter.",
-        complexity: c"O((K+M)*log(N)) with N the number of leases, K of keys and M of lapsed leases pruned.",
+        complexity:
+            c"O((K+M)*log(N)) with N the number of leases, K of keys and M of lapsed leases pruned.",
         since: super::SINCE_CORE,
         args: &[Arg::key(c"prefix"), Arg::string(c"key").multiple()],
     };

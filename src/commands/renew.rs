@@ -1,9 +1,7 @@
 //! `LIMITER.RENEW prefix key ttl`: a holder's heartbeat.
 
 use super::{errors, parse};
-use crate::ffi::{
-    Access, Arg, Command, CommandResult, Context, Keys, Reply, SortedSet, Spec, Str,
-};
+use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, Reply, SortedSet, Spec, Str};
 use crate::limiter;
 
 /// Moves the end of a live lease to now + ttl, longer or shorter.
@@ -19,7 +17,8 @@ impl Command for Renew {
         arity: 4,
         keys: Keys::First(Access::Update),
         summary: c"Moves the end of a live lease to now + ttl. A lost lease is not revived.",
-        complexity: c"O(log(N)+M) with N the number of leases and M the number of lapsed ones pruned.",
+        complexity:
+            c"O(log(N)+M) with N the number of leases and M the number of lapsed ones pruned.",
         since: super::SINCE_CORE,
         args: &[Arg::key(c"prefix"), Arg::string(c"key"), Arg::decimal(c"ttl")],
     };

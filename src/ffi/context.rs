@@ -52,12 +52,7 @@ impl Context {
     pub(super) fn log_warning(&self, line: &CStr) {
         // SAFETY: the context is valid, and the texts end with NUL; "%s" takes one text.
         unsafe {
-            api!(RedisModule_Log(
-                self.raw,
-                c"warning".as_ptr(),
-                c"%s".as_ptr(),
-                line.as_ptr()
-            ));
+            api!(RedisModule_Log(self.raw, c"warning".as_ptr(), c"%s".as_ptr(), line.as_ptr()));
         }
     }
 }

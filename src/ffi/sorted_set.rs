@@ -38,11 +38,7 @@ impl<'c> ReadSet<'c> {
     pub fn open(ctx: &'c Context, prefix: Str<'c>) -> Result<Option<Self>, NotOpened> {
         // SAFETY: the context and the name are valid during the call.
         let handle = unsafe {
-            api!(RedisModule_OpenKey(
-                ctx.as_ptr(),
-                prefix.as_ptr(),
-                raw::REDISMODULE_READ as i32
-            ))
+            api!(RedisModule_OpenKey(ctx.as_ptr(), prefix.as_ptr(), raw::REDISMODULE_READ as i32))
         };
         let Some(handle) = NonNull::new(handle.cast()) else {
             return Ok(None);
@@ -104,13 +100,9 @@ impl<'c> ReadSet<'c> {
         // SAFETY: the handle is open; on a key that is empty both calls only say so.
         unsafe {
             match end {
-                End::First => api!(RedisModule_ZsetFirstInScoreRange(
-                    handle,
-                    min,
-                    max,
-                    min_excluded,
-                    0
-                )),
+                End::First => {
+                    api!(RedisModule_ZsetFirstInScoreRange(handle, min, max, min_excluded, 0))
+                }
                 End::Last => {
                     api!(RedisModule_ZsetLastInScoreRange(handle, min, max, min_excluded, 0))
                 }
@@ -323,12 +315,9 @@ impl<'c> Leases for SortedSet<'c> {
                     prefix,
                     ms
                 )),
-                None => api!(RedisModule_Replicate(
-                    ctx,
-                    c"PERSIST".as_ptr(),
-                    c"s".as_ptr(),
-                    prefix
-                )),
+                None => {
+                    api!(RedisModule_Replicate(ctx, c"PERSIST".as_ptr(), c"s".as_ptr(), prefix))
+                }
             };
         }
         let event = if expiry_ms.is_some() { c"expire" } else { c"persist" };

@@ -224,7 +224,9 @@ fn check(steps: Vec<Step>) {
                     }
                 };
                 assert_eq!(wait_ms, model.wait_ms(limit, now_ms), "the hint is exact");
-                if outcome == Outcome::Denied && before == set.sorted() {
+                if outcome != Outcome::Denied {
+                    check_expiry(&set);
+                } else if before == set.sorted() {
                     assert!(!set.wrote, "a denied acquire that pruned nothing writes nothing");
                 }
             }

@@ -131,19 +131,16 @@ impl Server {
     pub fn kill_and_restart(&mut self) {
         self.process.kill().expect("to kill the server");
         self.process.wait().expect("to reap the server");
-        self.restart();
-    }
-
-    /// Stops it in order, saving nothing but what the AOF has, and starts it again.
-    pub fn shutdown_and_restart(&mut self) {
-        self.client().send(&["SHUTDOWN", "NOSAVE"]);
-        wait_until("the server is down", || !self.is_running());
-        self.restart();
-    }
-
-    fn restart(&mut self) {
         self.process = spawn(&self.folder, self.port, &self.options);
         assert!(self.comes_up(), "the server did not start again:\n{}", self.log());
+    }
+
+    /// The same, but from now on it runs without the module.
+    pub fn kill_and_restart_bare(&mut self) {
+        let module = self.options.iter().position(|option| option == "--loadmodule");
+        let module = module.expect("the module");
+        self.options.drain(module..module + 2);
+        self.kill_and_restart();
     }
 
     /// Every command that reached the AOF, in order. The server must run with [`AOF`].
@@ -158,9 +155,12 @@ impl Server {
         let mut rest = bytes.as_slice();
         let mut parser = Parser::new();
         let mut commands = Vec::new();
-        while !rest.is_empty() {
-            let command = parser.parse_value(&mut rest).expect("a command");
-            commands.push(strings(&command));
+        loop {
+            match parser.parse_value(&mut rest) {
+                Ok(command) => commands.push(strings(&command)),
+                Err(error) if error.is_io_error() => break, // The end of the file.
+                Err(error) => panic!("the AOF: {error}"),
+            }
         }
         commands.retain(|command| !command.first().is_some_and(|name| name == "SELECT"));
         commands
@@ -186,6 +186,7 @@ fn spawn(folder: &TempDir, port: u16, options: &[String]) -> Child {
     Command::new(server_program())
         .args(["--port", &port.to_string(), "--save", "", "--logfile", "log"])
         .args(["--enable-debug-command", "yes", "--enable-module-command", "yes"])
+        .args(["--repl-diskless-sync-delay", "0"])
         .args(options)
         .current_dir(folder)
         .stdin(Stdio::null())
