@@ -83,6 +83,11 @@ impl Server {
         Self::launch(options.iter().map(ToString::to_string).collect())
     }
 
+    /// Starts a server with a configuration file, and nothing added but port, folder and log.
+    pub fn start_bare_from(file: &Path) -> Self {
+        Self::start_bare(&[file.to_str().expect("a path in UTF-8")])
+    }
+
     fn launch(options: Vec<String>) -> Self {
         // Another process may take the port between our look and the server's: try again then.
         for _ in 0..20 {
@@ -162,7 +167,7 @@ impl Server {
                 Err(error) => panic!("the AOF: {error}"),
             }
         }
-        commands.retain(|command| !command.first().is_some_and(|name| name == "SELECT"));
+        commands.retain(|command| command[0] != "SELECT");
         commands
     }
 }
@@ -183,7 +188,11 @@ impl Drop for Server {
 }
 
 fn spawn(folder: &TempDir, port: u16, options: &[String]) -> Child {
+    // A configuration file comes first, or not at all.
+    let has_file = options.first().is_some_and(|option| !option.starts_with("--"));
+    let (file, options) = options.split_at(usize::from(has_file));
     Command::new(server_program())
+        .args(file)
         .args(["--port", &port.to_string(), "--save", "", "--logfile", "log"])
         .args(["--enable-debug-command", "yes", "--enable-module-command", "yes"])
         .args(["--repl-diskless-sync-delay", "0"])

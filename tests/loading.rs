@@ -1,0 +1,83 @@
+//! The module as a whole: how it loads, refuses to load, and goes.
+
+mod harness;
+
+use harness::{module, string, strings, Server};
+use redis::Value;
+
+#[test]
+fn module_load_and_unload_at_run_time() {
+    let server = Server::start_bare(&[]);
+    let mut client = server.client();
+    let path = module().to_str().unwrap();
+    for _ in 0..3 {
+        assert_eq!(client.run(&["MODULE", "LOAD", path]), Value::Okay);
+        assert_eq!(client.int("LIMITER.ACQUIRE p k 2 45"), 1);
+        let Value::Array(modules) = client.call("MODULE LIST") else { panic!("no list") };
+        let Value::Array(module) = &modules[0] else { panic!("no module") };
+        assert_eq!(string(&module[1]), "limiter");
+        assert_eq!(client.call("MODULE UNLOAD limiter"), Value::Okay);
+        assert!(client.error("LIMITER.COUNT p").starts_with("ERR unknown command"));
+        assert_eq!(client.int("ZCARD p"), 1, "the leases are plain data");
+    }
+}
+
+#[test]
+fn arguments_are_refused_with_a_line_in_the_log() {
+    let server = Server::start_bare(&[]);
+    let mut client = server.client();
+    let path = module().to_str().unwrap();
+    let reply = client.run(&["MODULE", "LOAD", path, "speed", "high"]);
+    assert!(matches!(reply, Value::ServerError(_)), "{reply:?}");
+    assert!(server.log().contains("not loaded: it takes no arguments"), "{}", server.log());
+    assert_eq!(client.run(&["MODULE", "LOAD", path]), Value::Okay);
+}
+
+#[test]
+fn replicas_may_still_load_by_swap_without_a_disk() {
+    // A module that does not say it can bear it turns swapdb off for the whole server: the log
+    // of a replica that syncs then says so, and it answers LOADING instead of old data.
+    let master = Server::start();
+    let port = master.port.to_string();
+    let replica = Server::start_with(&["--repl-diskless-load", "swapdb"]);
+    let (mut on_master, mut on_replica) = (master.client(), replica.client());
+    on_master.int("LIMITER.ACQUIRE p k 1 45");
+    on_replica.call(&format!("REPLICAOF 127.0.0.1 {port}"));
+    harness::wait_until("the replica has synced", || on_replica.int("EXISTS p") == 1);
+    assert_eq!(on_replica.int("LIMITER.COUNT p"), 1);
+    assert!(!replica.log().contains("Skipping diskless-load"), "{}", replica.log());
+}
+
+#[test]
+fn the_example_configuration_starts_as_it_is() {
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/redis.conf.example");
+    let text = std::fs::read_to_string(example).unwrap();
+    let module = module().to_str().unwrap();
+    // Where the library lies and which port is free are this machine's affair, the rest is not.
+    let mut lines: Vec<String> = Vec::new();
+    for line in text.lines() {
+        match line.split_whitespace().next() {
+            Some("loadmodule") => lines.push(format!("loadmodule {module}")),
+            Some("port") => {}
+            _ => lines.push(line.to_string()),
+        }
+    }
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("redis.conf");
+    std::fs::write(&file, lines.join("\n")).unwrap();
+    let server = Server::start_bare_from(&file);
+    let mut client = server.client();
+    assert_eq!(client.int("LIMITER.ACQUIRE p k 1 45"), 1);
+    assert_eq!(client.strings("CONFIG GET maxmemory-policy")[1], "noeviction");
+    assert_eq!(client.strings("CONFIG GET appendonly")[1], "yes");
+    assert_eq!(client.strings("CONFIG GET zset-max-listpack-entries")[1], "0");
+    let Value::Array(modules) = client.call("MODULE LIST") else { panic!("no list") };
+    assert!(modules
+        .iter()
+        .any(|entry| matches!(entry, Value::Array(_)) && strings_of(entry)[1] == "limiter"));
+}
+
+fn strings_of(entry: &Value) -> Vec<String> {
+    let Value::Array(fields) = entry else { panic!("no array") };
+    strings(&Value::Array(fields[..2].to_vec()))
+}
