@@ -32,6 +32,6 @@ fmt: ## Format the code
 
 clean: ## Remove what was built, downloaded and stored
 	cargo clean
-	rm -rf .servers appendonlydir dump.rdb
+	rm -rf .servers appendonlydir appendonlydir-*
 
 .PHONY: help setup build run test test-servers lint fmt clean
