@@ -35,6 +35,7 @@ mod commands;
 #[allow(unsafe_code)]
 mod ffi;
 mod limiter;
+mod queue;
 
 use redis_module::{redis_module, Context, RedisString, Status};
 
