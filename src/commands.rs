@@ -4,6 +4,7 @@
 //! when a command answers with an error.
 
 mod acquire;
+mod bacquire;
 mod count;
 mod errors;
 mod help;
@@ -13,6 +14,7 @@ mod release;
 mod renew;
 
 pub use acquire::Acquire;
+pub use bacquire::Bacquire;
 pub use count::Count;
 pub use help::Help;
 pub use holders::Holders;

@@ -6,7 +6,8 @@
 //!
 //! | command | file |
 //! | --- | --- |
-//! | `LIMITER.ACQUIRE prefix key limit ttl [NX] [WITHSTATE]` | `commands/acquire.rs` |
+//! | `LIMITER.ACQUIRE prefix key limit ttl [NX] [EPHEMERAL] [WITHSTATE]` | `commands/acquire.rs` |
+//! | `LIMITER.BACQUIRE prefix key limit ttl timeout [EPHEMERAL]` | `commands/bacquire.rs` |
 //! | `LIMITER.RELEASE prefix key [key ...]` | `commands/release.rs` |
 //! | `LIMITER.RENEW prefix key ttl` | `commands/renew.rs` |
 //! | `LIMITER.COUNT prefix` | `commands/count.rs` |
@@ -15,8 +16,11 @@
 //!
 //! | part | job | knows |
 //! | --- | --- | --- |
-//! | `commands` | parse, act, reply; every error text | `limiter`, `ffi` |
+//! | `commands` | parse, act, reply; every error text | all below |
+//! | `waiters` | joins leases to lines, blocked clients, timers, disconnections: the pump | all below |
 //! | `limiter` | the rules of leases, pure | std only |
+//! | `queue` | first come, first served lines, pure | std only |
+//! | `ties` | leases that end when their owner goes, pure | std only |
 //! | `ffi` | the border to the server, the only `unsafe` | the server, `limiter`'s trait |
 
 #![deny(unsafe_code)]
@@ -36,6 +40,8 @@ mod commands;
 mod ffi;
 mod limiter;
 mod queue;
+mod ties;
+mod waiters;
 
 use redis_module::{redis_module, Context, RedisString, Status};
 
@@ -72,7 +78,9 @@ fn load(ctx: &Context, args: &[RedisString]) -> Result<(), String> {
         return Err("it takes no arguments".into());
     }
     let module = ffi::Module::load(ctx)?;
+    module.listen::<waiters::Pump>()?;
     module.register::<commands::Acquire>()?;
+    module.register::<commands::Bacquire>()?;
     module.register::<commands::Release>()?;
     module.register::<commands::Renew>()?;
     module.register::<commands::Count>()?;

@@ -33,18 +33,20 @@ const NEVER_MS: i64 = 9_000_000_000_000_000_000;
 /// where other programs may have written any score: infinite, or finer than a millisecond.
 pub trait Leases {
     /// What names a holder: bytes.
-    type Key;
+    type Key<'k>;
 
     /// Removes every lease that has lapsed at `now_ms`; the number removed.
     fn prune(&mut self, now_ms: i64) -> u64;
     /// The number of leases in the set.
     fn count(&self) -> u64;
     /// Looks `key` up, and adds it or moves its end to `lapse_ms`, as `put` allows.
-    fn put(&mut self, key: &Self::Key, lapse_ms: i64, put: Put) -> Found;
+    fn put(&mut self, key: &Self::Key<'_>, lapse_ms: i64, put: Put) -> Found;
     /// Removes the leases of `keys`; the number that were there.
-    fn remove(&mut self, keys: &[Self::Key]) -> u64;
+    fn remove(&mut self, keys: &[Self::Key<'_>]) -> u64;
     /// Whether a lease ends after `time_ms`.
     fn any_after(&self, time_ms: i64) -> bool;
+    /// The end of the lease that lapses first; `None` if none ever does.
+    fn next_lapse_ms(&self) -> Option<i64>;
     /// The end of the last lease; `None` if that never lapses (or there is none).
     fn last_lapse_ms(&self) -> Option<i64>;
     /// The set's own expiry, if it has one.
@@ -145,7 +147,7 @@ pub fn lapse_after(now_ms: i64, ttl_ms: i64) -> Option<i64> {
 /// than `limit` leases are live.
 pub fn acquire<L: Leases>(
     leases: &mut L,
-    key: &L::Key,
+    key: &L::Key<'_>,
     limit: u64,
     lapse_ms: i64,
     now_ms: i64,
@@ -171,14 +173,14 @@ pub fn acquire<L: Leases>(
 }
 
 /// Moves the live lease of `key` to `lapse_ms`; whether there was one. None is ever made.
-pub fn renew<L: Leases>(leases: &mut L, key: &L::Key, lapse_ms: i64, now_ms: i64) -> bool {
+pub fn renew<L: Leases>(leases: &mut L, key: &L::Key<'_>, lapse_ms: i64, now_ms: i64) -> bool {
     // A renewal is what a holder gets when no slot is free for anybody else.
     acquire(leases, key, 0, lapse_ms, now_ms, Reacquire::Refresh) == Outcome::Refreshed
 }
 
 /// Ends the live leases of `keys`; how many there were. A lapsed one does not count: its holder
 /// had lost it.
-pub fn release<L: Leases>(leases: &mut L, keys: &[L::Key], now_ms: i64) -> u64 {
+pub fn release<L: Leases>(leases: &mut L, keys: &[L::Key<'_>], now_ms: i64) -> u64 {
     let pruned = leases.prune(now_ms);
     let released = leases.remove(keys);
     if pruned > 0 || released > 0 {

@@ -127,9 +127,9 @@ impl<W> Lines<W> {
         (id, line_id)
     }
 
-    /// Takes the head out of its line, because it was granted: what comes next is the caller's
+    /// Takes the head out of its line, because it was answered: what comes next is the caller's
     /// to look at.
-    pub fn grant(&mut self, id: WaiterId) -> Option<W> {
+    pub fn answered(&mut self, id: WaiterId) -> Option<W> {
         self.remove(id).map(|(standing, _)| standing.waiter)
     }
 
@@ -142,11 +142,11 @@ impl<W> Lines<W> {
         Some(standing.waiter)
     }
 
-    /// The limiter may have changed: its line, if any, is due.
-    pub fn touch(&mut self, db: i32, prefix: &[u8]) {
-        if let Some(line) = self.line(db, prefix) {
-            self.due.insert(line);
-        }
+    /// The limiter may have changed: its line, if any, is due. Whether it has one.
+    pub fn touch(&mut self, db: i32, prefix: &[u8]) -> bool {
+        let line = self.line(db, prefix);
+        self.due.extend(line);
+        line.is_some()
     }
 
     /// Every limiter of a database (`None`: of all) may have changed.

@@ -294,7 +294,7 @@ fn help_names_every_command() {
     let server = Server::start();
     let mut client = server.client();
     let help = client.strings("LIMITER.HELP").join("\n");
-    for command in ["ACQUIRE", "RELEASE", "RENEW", "COUNT", "HOLDERS", "HELP"] {
+    for command in ["ACQUIRE", "BACQUIRE", "RELEASE", "RENEW", "COUNT", "HOLDERS", "HELP"] {
         assert!(help.contains(&format!("\n{command}")), "{command} in {help}");
     }
 }

@@ -34,8 +34,9 @@ fn docs(client: &mut Client, command: &str) -> BTreeMap<String, Value> {
     fields(&fields(&client.call(&format!("COMMAND DOCS {command}")))[command])
 }
 
-const COMMANDS: [(&str, i64, &str); 6] = [
-    ("limiter.acquire", -5, "prefix key limit ttl [nx] [withstate]"),
+const COMMANDS: [(&str, i64, &str); 7] = [
+    ("limiter.acquire", -5, "prefix key limit ttl [nx] [ephemeral] [withstate]"),
+    ("limiter.bacquire", -6, "prefix key limit ttl timeout [ephemeral]"),
     ("limiter.release", -3, "prefix key..."),
     ("limiter.renew", 4, "prefix key ttl"),
     ("limiter.count", 2, "prefix"),
@@ -75,7 +76,10 @@ fn command_docs_has_summary_arguments_complexity_and_since() {
         .iter()
         .map(|argument| string(&fields(argument)["type"]))
         .collect();
-    assert_eq!(types, ["key", "string", "integer", "double", "pure-token", "pure-token"]);
+    assert_eq!(
+        types,
+        ["key", "string", "integer", "double", "pure-token", "pure-token", "pure-token"]
+    );
 }
 
 #[test]
@@ -88,13 +92,16 @@ fn command_info_has_arity_flags_and_key_positions() {
         assert_eq!(info[1], Value::Int(arity), "{command}");
         let flags = strings(&info[2]);
         let has = |flag: &str| flags.iter().any(|have| have == flag);
-        let writes = ["limiter.acquire", "limiter.release", "limiter.renew"].contains(&command);
+        let acquires = ["limiter.acquire", "limiter.bacquire"].contains(&command);
+        let writes = acquires || ["limiter.release", "limiter.renew"].contains(&command);
         let reads = ["limiter.count", "limiter.holders"].contains(&command);
         assert_eq!(has("write"), writes, "{command}: {flags:?}");
         assert_eq!(has("readonly"), reads, "{command}: {flags:?}");
-        assert_eq!(has("denyoom"), command == "limiter.acquire", "{command}: {flags:?}");
-        assert_eq!(has("fast"), command != "limiter.holders", "{command}: {flags:?}");
-        assert!(!has("movablekeys") && !has("blocking"), "{command}: {flags:?}");
+        assert_eq!(has("denyoom"), acquires, "{command}: {flags:?}");
+        let slow = ["limiter.holders", "limiter.bacquire"].contains(&command);
+        assert_eq!(has("fast"), !slow, "{command}: {flags:?}");
+        assert_eq!(has("blocking"), command == "limiter.bacquire", "{command}: {flags:?}");
+        assert!(!has("movablekeys"), "{command}: {flags:?}");
         let positions = if writes || reads { [1, 1, 1] } else { [0, 0, 0] };
         assert_eq!(info[3..6], positions.map(Value::Int), "{command}");
         let specs = elements(&info[8]);
@@ -113,6 +120,7 @@ fn command_getkeys_is_the_prefix_alone() {
     for command in [
         "limiter.acquire p k 1 45",
         "limiter.acquire p k 1 45 NX WITHSTATE",
+        "limiter.bacquire p k 1 45 0 EPHEMERAL",
         "limiter.release p k l m",
         "limiter.renew p k 45",
         "limiter.count p",
@@ -127,7 +135,7 @@ fn redis_cli_shows_the_arguments() {
     let server = Server::start();
     let port = server.port.to_string();
     for (command, line) in [
-        ("LIMITER.ACQUIRE", "prefix key limit ttl [NX] [WITHSTATE]"),
+        ("LIMITER.ACQUIRE", "prefix key limit ttl [NX] [EPHEMERAL] [WITHSTATE]"),
         ("LIMITER.RELEASE", "prefix key [key ...]"),
         ("LIMITER.HOLDERS", "prefix [COUNT count]"),
     ] {

@@ -1,17 +1,19 @@
-//! `LIMITER.ACQUIRE prefix key limit ttl [NX] [WITHSTATE]`: a slot now, or not at all.
+//! `LIMITER.ACQUIRE prefix key limit ttl [NX] [EPHEMERAL] [WITHSTATE]`: a slot now, or not at all.
 
 use super::errors::{self, ErrorText};
 use super::parse;
 use crate::ffi::{
-    score_of_rank, Access, Arg, Command, CommandResult, Context, Keys, Reply, SortedSet, Spec, Str,
+    score_of_rank, Access, Arg, Command, CommandResult, Context, Keys, Reply, Spec, Str,
 };
-use crate::limiter::{self, Leases, NextFree, Outcome, Reacquire};
+use crate::limiter::{self, NextFree, Outcome, Reacquire};
+use crate::waiters::{self, Ask, Taken, Until};
 
 /// Prunes lapsed leases, counts, adds: one atomic step.
 ///
 /// - `prefix`: the limiter, a key. `key`: the holder, any bytes.
 /// - `limit`: how many leases may be live, 0 to 2^63-1. `ttl`: seconds, a decimal number > 0.
 /// - `NX`: a holder that is in already is denied, its lease left alone.
+/// - `EPHEMERAL`: the lease also ends when this connection closes.
 /// - `WITHSTATE`: the reply is an array of outcome, live leases, milliseconds until a slot is
 ///   free (-1: never), clients waiting.
 ///
@@ -35,6 +37,7 @@ impl Command for Acquire {
             Arg::integer(c"limit"),
             Arg::decimal(c"ttl"),
             Arg::option(c"nx", c"NX"),
+            Arg::option(c"ephemeral", c"EPHEMERAL"),
             Arg::option(c"withstate", c"WITHSTATE"),
         ],
     };
@@ -45,15 +48,12 @@ impl Command for Acquire {
         };
         let now_ms = ctx.now_ms();
         let limit = parse::integer(limit.bytes()).ok_or(errors::LIMIT)?;
-        let lapse_ms = parse::seconds_as_ms(ttl.bytes())
-            .and_then(|ttl_ms| limiter::lapse_after(now_ms, ttl_ms))
+        let ttl_ms = parse::ttl_ms(ttl.bytes(), now_ms)
             .ok_or_else(|| errors::expire_time(Self::SPEC.name))?;
-        let Options { reacquire, answer } = Options::parse(options)?;
+        let Options { reacquire, until, answer } = Options::parse(ctx, options)?;
 
-        let mut set = SortedSet::open(ctx, *prefix)?;
-        let outcome = limiter::acquire(&mut set, key, limit, lapse_ms, now_ms, reacquire);
-        let live = set.count();
-        drop(set);
+        let ask = Ask { prefix: *prefix, key: *key, limit, ttl_ms, until };
+        let Taken { outcome, live, waiting } = waiters::acquire(ctx, &ask, reacquire, now_ms)?;
 
         Ok(match answer {
             Answer::Integer => Reply::Integer(i64::from(outcome != Outcome::Denied)),
@@ -62,7 +62,9 @@ impl Command for Acquire {
                     Outcome::Denied => wait_ms(ctx, *prefix, live, limit, now_ms),
                     Outcome::Acquired | Outcome::Refreshed => 0,
                 };
-                Reply::Integers(vec![code(outcome), saturated(live), wait_ms, 0])
+                let waiting = i64::try_from(waiting).unwrap_or(i64::MAX);
+                let live = i64::try_from(live).unwrap_or(i64::MAX);
+                Reply::Integers(vec![code(outcome), live, wait_ms, waiting])
             }
         })
     }
@@ -71,6 +73,7 @@ impl Command for Acquire {
 /// What the options ask for.
 struct Options {
     reacquire: Reacquire,
+    until: Until,
     answer: Answer,
 }
 
@@ -81,12 +84,15 @@ enum Answer {
 }
 
 impl Options {
-    fn parse(words: &[Str<'_>]) -> Result<Self, ErrorText> {
-        let mut options = Self { reacquire: Reacquire::Refresh, answer: Answer::Integer };
+    fn parse(ctx: &Context, words: &[Str<'_>]) -> Result<Self, ErrorText> {
+        let (reacquire, until, answer) = (Reacquire::Refresh, Until::Lapse, Answer::Integer);
+        let mut options = Self { reacquire, until, answer };
         for word in words {
             let word = word.bytes();
             if word.eq_ignore_ascii_case(b"NX") && options.reacquire == Reacquire::Refresh {
                 options.reacquire = Reacquire::Deny;
+            } else if word.eq_ignore_ascii_case(b"EPHEMERAL") && options.until == Until::Lapse {
+                options.until = Until::Closed(ctx.connection().ok_or(errors::NO_CONNECTION)?);
             } else if word.eq_ignore_ascii_case(b"WITHSTATE") && options.answer == Answer::Integer {
                 options.answer = Answer::State;
             } else {
@@ -120,8 +126,4 @@ fn wait_ms(ctx: &Context, prefix: Str<'_>, live: u64, limit: u64, now_ms: i64) -
             limiter::lapse_ms(score).map_or(NEVER, |ms| ms.saturating_sub(now_ms).max(0))
         }
     }
-}
-
-fn saturated(count: u64) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
 }

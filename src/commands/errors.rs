@@ -14,11 +14,25 @@ pub const LIMIT: ErrorText = Cow::Borrowed(c"ERR limit is not an integer or out 
 /// An option that is unknown, repeated or does not fit.
 pub const SYNTAX: ErrorText = Cow::Borrowed(c"ERR syntax error");
 
+/// A timeout that is no decimal number, or too large.
+pub const TIMEOUT: ErrorText = Cow::Borrowed(c"ERR timeout is not a float or out of range");
+
+/// A timeout with a minus.
+pub const TIMEOUT_NEGATIVE: ErrorText = Cow::Borrowed(c"ERR timeout is negative");
+
+/// EPHEMERAL where there is no connection that could close.
+pub const NO_CONNECTION: ErrorText =
+    Cow::Borrowed(c"ERR EPHEMERAL ties the lease to a connection, and a script has none");
+
+/// The wait is over because the limiter is served elsewhere.
+pub const MOVED: ErrorText =
+    Cow::Borrowed(c"UNBLOCKED the limiter's slot is served by another node now, try again there");
+
 /// Any other number that is none, as the server says it.
 pub const INTEGER: ErrorText = Cow::Borrowed(c"ERR value is not an integer or out of range");
 
 /// The key holds another type, as the server says it.
-const WRONG_TYPE: ErrorText =
+pub const WRONG_TYPE: ErrorText =
     Cow::Borrowed(c"WRONGTYPE Operation against a key holding the wrong kind of value");
 
 /// Writing is not possible at the moment.

@@ -9,12 +9,16 @@ pub struct Help;
 
 const LINES: &[&CStr] = &[
     c"LIMITER.<command> [<arg> [value] [opt] ...]. Commands are:",
-    c"ACQUIRE <prefix> <key> <limit> <ttl> [NX] [WITHSTATE]",
+    c"ACQUIRE <prefix> <key> <limit> <ttl> [NX] [EPHEMERAL] [WITHSTATE]",
     c"    Take a slot of the limiter <prefix> for <key>, or refresh the lease it holds, for <ttl>",
     c"    seconds (10, 0.25). Return 1, or 0 if <limit> leases are live. Options:",
     c"    * NX: Return 0 if <key> holds a lease, and leave it alone.",
+    c"    * EPHEMERAL: The lease also ends when this connection closes.",
     c"    * WITHSTATE: Return outcome (0 denied, 1 acquired, 2 refreshed), live leases,",
     c"      milliseconds until a slot is free (-1: never), and clients waiting.",
+    c"BACQUIRE <prefix> <key> <limit> <ttl> <timeout> [EPHEMERAL]",
+    c"    The same, but wait in line for at most <timeout> seconds (0: without end), first come,",
+    c"    first served. Return 1, or 0 on timeout.",
     c"COUNT <prefix>",
     c"    Return the number of live leases.",
     c"HELP",

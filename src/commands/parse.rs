@@ -2,6 +2,8 @@
 //! No sign, exponent, space, hex, inf or nan. Nothing is rounded on the way, and nothing
 //! overflows.
 
+use crate::limiter;
+
 /// An integer from 0 to 2^63-1.
 pub fn integer(text: &[u8]) -> Option<u64> {
     if text.is_empty() {
@@ -23,6 +25,38 @@ pub fn seconds_as_ms(text: &[u8]) -> Option<i64> {
     let whole_ms = digits(whole)?.checked_mul(1000)?;
     let fraction_ms = fraction_as_ms(fraction.unwrap_or_default())?;
     i64::try_from(whole_ms.checked_add(fraction_ms)?).ok()
+}
+
+/// A ttl in seconds, greater than 0, as milliseconds; its end from now on must be one that a score
+/// can tell.
+pub fn ttl_ms(text: &[u8], now_ms: i64) -> Option<i64> {
+    let ttl_ms = seconds_as_ms(text)?;
+    limiter::lapse_after(now_ms, ttl_ms).map(|_| ttl_ms)
+}
+
+/// How long somebody waits.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Timeout {
+    /// Without end.
+    Never,
+    /// Until this time.
+    At(i64),
+    /// A number below 0.
+    Negative,
+    /// No number, or too large a one.
+    Invalid,
+}
+
+/// A timeout in seconds; 0 is without end.
+pub fn timeout(text: &[u8], now_ms: i64) -> Timeout {
+    if let Some(number) = text.strip_prefix(b"-") {
+        return seconds_as_ms(number).map_or(Timeout::Invalid, |_| Timeout::Negative);
+    }
+    match seconds_as_ms(text) {
+        Some(0) => Timeout::Never,
+        Some(ms) => now_ms.checked_add(ms).map_or(Timeout::Invalid, Timeout::At),
+        None => Timeout::Invalid,
+    }
 }
 
 fn digits(text: &[u8]) -> Option<u64> {
@@ -105,6 +139,27 @@ mod tests {
             (" 1", None),
         ] {
             assert_eq!(seconds_as_ms(text.as_bytes()), ms, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn timeouts() {
+        for (text, parsed) in [
+            ("0", Timeout::Never),
+            ("0.0", Timeout::Never),
+            ("0.0001", Timeout::At(1_001)),
+            ("1.5", Timeout::At(2_500)),
+            ("-1", Timeout::Negative),
+            ("-0.5", Timeout::Negative),
+            ("--1", Timeout::Invalid),
+            ("-x", Timeout::Invalid),
+            ("nan", Timeout::Invalid),
+            ("inf", Timeout::Invalid),
+            ("", Timeout::Invalid),
+            ("9223372036854775.807", Timeout::Invalid),
+            ("9223372036854774.807", Timeout::At(i64::MAX)),
+        ] {
+            assert_eq!(timeout(text.as_bytes(), 1_000), parsed, "{text:?}");
         }
     }
 

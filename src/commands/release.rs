@@ -1,10 +1,10 @@
 //! `LIMITER.RELEASE prefix key [key ...]`: give slots back.
 
 use super::errors;
-use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, Reply, SortedSet, Spec, Str};
-use crate::limiter;
+use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, Reply, Spec, Str};
+use crate::waiters;
 
-/// Ends the leases of the keys.
+/// Ends the leases of the keys, and hands their slots to the line.
 ///
 /// Replies with how many of them were live. A lapsed lease counts 0, since its holder had lost
 /// it, and is removed. Errors: WRONGTYPE; the server's own READONLY. Goes on out of memory.
@@ -28,8 +28,7 @@ impl Command for Release {
             return Err(errors::arity(Self::SPEC.name));
         };
 
-        let mut set = SortedSet::open(ctx, *prefix)?;
-        let released = limiter::release(&mut set, keys, ctx.now_ms());
+        let released = waiters::release(ctx, *prefix, keys)?;
 
         Ok(Reply::Integer(i64::try_from(released).unwrap_or(i64::MAX)))
     }

@@ -1,8 +1,8 @@
 //! `LIMITER.RENEW prefix key ttl`: a holder's heartbeat.
 
 use super::{errors, parse};
-use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, Reply, SortedSet, Spec, Str};
-use crate::limiter;
+use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, Reply, Spec, Str};
+use crate::waiters;
 
 /// Moves the end of a live lease to now + ttl, longer or shorter.
 ///
@@ -28,12 +28,10 @@ impl Command for Renew {
             return Err(errors::arity(Self::SPEC.name));
         };
         let now_ms = ctx.now_ms();
-        let lapse_ms = parse::seconds_as_ms(ttl.bytes())
-            .and_then(|ttl_ms| limiter::lapse_after(now_ms, ttl_ms))
+        let ttl_ms = parse::ttl_ms(ttl.bytes(), now_ms)
             .ok_or_else(|| errors::expire_time(Self::SPEC.name))?;
 
-        let mut set = SortedSet::open(ctx, *prefix)?;
-        let renewed = limiter::renew(&mut set, key, lapse_ms, now_ms);
+        let renewed = waiters::renew(ctx, *prefix, *key, ttl_ms, now_ms)?;
 
         Ok(Reply::Integer(i64::from(renewed)))
     }

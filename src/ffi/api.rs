@@ -25,6 +25,7 @@ macro_rules! server_functions {
 
 server_functions! {
     RedisModule_AvoidReplicaTraffic
+    RedisModule_BlockClient
     RedisModule_Call
     RedisModule_CallReplyArrayElement
     RedisModule_CallReplyInteger
@@ -32,11 +33,18 @@ server_functions! {
     RedisModule_CallReplyType
     RedisModule_CloseKey
     RedisModule_CreateCommand
+    RedisModule_CreateString
+    RedisModule_CreateTimer
     RedisModule_FreeCallReply
     RedisModule_FreeString
     RedisModule_GetAbsExpire
+    RedisModule_GetBlockedClientHandle
+    RedisModule_GetBlockedClientPrivateData
+    RedisModule_GetClientId
+    RedisModule_GetClientInfoById
     RedisModule_GetCommand
     RedisModule_GetContextFlags
+    RedisModule_GetSelectedDb
     RedisModule_KeyType
     RedisModule_Log
     RedisModule_Milliseconds
@@ -49,11 +57,17 @@ server_functions! {
     RedisModule_ReplyWithMap
     RedisModule_ReplyWithSimpleString
     RedisModule_ReplyWithString
+    RedisModule_SelectDb
     RedisModule_SetAbsExpire
     RedisModule_SetCommandInfo
+    RedisModule_SetDisconnectCallback
     RedisModule_SetModuleOptions
     RedisModule_SignalModifiedKey
+    RedisModule_StopTimer
     RedisModule_StringPtrLen
+    RedisModule_SubscribeToKeyspaceEvents
+    RedisModule_SubscribeToServerEvent
+    RedisModule_UnblockClient
     RedisModule_ValueLength
     RedisModule_ZsetAdd
     RedisModule_ZsetFirstInScoreRange
@@ -62,6 +76,7 @@ server_functions! {
     RedisModule_ZsetRangeEndReached
     RedisModule_ZsetRangeNext
     RedisModule_ZsetRem
+    RedisModule_ZsetScore
 }
 
 /// Calls a server function. To be used inside `unsafe`, as the call itself is; only names of the

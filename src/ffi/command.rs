@@ -10,6 +10,7 @@ use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
 use super::api;
 use super::context::{Context, OwnedStr, Str};
+use super::events::{self, Listener};
 
 /// A command of the module.
 pub trait Command {
@@ -37,6 +38,8 @@ pub enum Reply {
     Map(Vec<(OwnedStr, i64)>),
     /// An array of simple strings.
     Lines(&'static [&'static CStr]),
+    /// None yet: the client is blocked.
+    Later,
 }
 
 /// How a command is registered, and what COMMAND INFO and COMMAND DOCS say of it.
@@ -171,6 +174,14 @@ impl Module {
         Ok(Self { ctx: ctx.ctx })
     }
 
+    /// Starts to listen to the server's events.
+    ///
+    /// # Errors
+    /// If the server refuses.
+    pub fn listen<L: Listener>(&self) -> Result<(), String> {
+        events::listen::<L>(self.ctx)
+    }
+
     /// Registers a command with its documentation.
     ///
     /// # Errors
@@ -294,21 +305,28 @@ unsafe extern "C" fn entry<C: Command>(
 ) -> c_int {
     // SAFETY: the server's arguments of the call at hand; neither value outlives it.
     let (ctx, args) = unsafe { (Context::new(ctx), Str::slice(argv, argc)) };
-    let result = panic::catch_unwind(AssertUnwindSafe(|| C::run(&ctx, args)));
-    match result {
-        Ok(Ok(reply)) => reply.send(&ctx),
-        Ok(Err(text)) => send_error(&ctx, &text),
-        // Unwinding across the border would abort the server.
-        Err(panic) => {
-            contain(&ctx, panic.as_ref());
-            send_error(&ctx, c"ERR internal error in the module limiter, see the server's log");
+    answer(&ctx, || C::run(&ctx, args))
+}
+
+/// Writes the reply that `run` makes; what a command function returns to the server.
+pub(super) fn answer(ctx: &Context, run: impl FnOnce() -> CommandResult) -> c_int {
+    match contained(ctx, run) {
+        Some(Ok(reply)) => reply.send(ctx),
+        Some(Err(text)) => send_error(ctx, &text),
+        None => {
+            send_error(ctx, c"ERR internal error in the module limiter, see the server's log");
         }
     }
     raw::REDISMODULE_OK as c_int
 }
 
-/// Logs what was caught at the border.
-fn contain(ctx: &Context, panic: &(dyn std::any::Any + Send)) {
+/// Runs what the server calls in for. A panic ends here, in a line of the log: unwinding across
+/// the border would abort the server.
+pub(super) fn contained<R>(ctx: &Context, run: impl FnOnce() -> R) -> Option<R> {
+    panic::catch_unwind(AssertUnwindSafe(run)).map_err(|panic| log_panic(ctx, panic.as_ref())).ok()
+}
+
+fn log_panic(ctx: &Context, panic: &(dyn std::any::Any + Send)) {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     let line = format!("limiter: a panic was contained: {}", text.unwrap_or("no text"));
@@ -327,6 +345,7 @@ impl Reply {
         // SAFETY: the context is valid; strings and texts are copied before they are dropped.
         unsafe {
             match self {
+                Reply::Later => {}
                 Reply::Integer(integer) => {
                     api!(RedisModule_ReplyWithLongLong(ctx, integer));
                 }

@@ -33,19 +33,101 @@ impl Context {
         unsafe { api!(RedisModule_Milliseconds()) }
     }
 
+    /// The number of the database that the call works on.
+    #[must_use]
+    pub fn db(&self) -> i32 {
+        // SAFETY: the context is valid during the call.
+        unsafe { api!(RedisModule_GetSelectedDb(self.raw)) }
+    }
+
+    /// Works on another database from now on; whether there is one of that number. Only for
+    /// contexts that are not a client's, such as a timer's.
+    pub fn select_db(&self, db: i32) -> bool {
+        // SAFETY: the context is valid during the call.
+        unsafe { api!(RedisModule_SelectDb(self.raw, db)) == raw::REDISMODULE_OK as i32 }
+    }
+
+    /// The id of the connection that sent the command; `None` in a script, which has none.
+    #[must_use]
+    pub fn connection(&self) -> Option<u64> {
+        // SAFETY: the context is valid during the call; null asks only whether there is such a
+        // client. A script's client has an id as well, but is in no list of clients.
+        unsafe {
+            let id = api!(RedisModule_GetClientId(self.raw));
+            let status = api!(RedisModule_GetClientInfoById(std::ptr::null_mut(), id));
+            (status == raw::REDISMODULE_OK as i32).then_some(id)
+        }
+    }
+
+    /// Whether the command must answer at once: in MULTI, in a script, called by a module.
+    #[must_use]
+    pub fn must_not_block(&self) -> bool {
+        self.has_flag(
+            raw::REDISMODULE_CTX_FLAGS_DENY_BLOCKING
+                | raw::REDISMODULE_CTX_FLAGS_MULTI
+                | raw::REDISMODULE_CTX_FLAGS_LUA,
+        )
+    }
+
+    /// Whether the server is part of a cluster.
+    #[must_use]
+    pub fn is_clustered(&self) -> bool {
+        self.has_flag(raw::REDISMODULE_CTX_FLAGS_CLUSTER)
+    }
+
+    /// Whether the server follows a master.
+    #[must_use]
+    pub fn is_replica(&self) -> bool {
+        self.has_flag(raw::REDISMODULE_CTX_FLAGS_SLAVE)
+    }
+
+    /// Whether data may be written that no client asks for at this moment. Not on a replica, not
+    /// while loading, and not while clients are paused (CLIENT PAUSE, a failover, the wait at
+    /// SHUTDOWN): the server stops if something is replicated then.
+    #[must_use]
+    pub fn may_write_unasked(&self) -> bool {
+        !self.is_paused()
+            && !self.has_flag(
+                raw::REDISMODULE_CTX_FLAGS_SLAVE
+                    | raw::REDISMODULE_CTX_FLAGS_LOADING
+                    | raw::REDISMODULE_CTX_FLAGS_ASYNC_LOADING,
+            )
+    }
+
+    /// Whether clients are paused.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        // SAFETY: takes nothing, reads a flag.
+        unsafe { api!(RedisModule_AvoidReplicaTraffic()) != 0 }
+    }
+
+    /// Whether this node serves the key: in a cluster its slot may have gone elsewhere, or be on
+    /// its way (a key that is not here any more is asked for there). Open no key meanwhile.
+    #[must_use]
+    pub fn serves(&self, key: Str<'_>) -> bool {
+        // SAFETY: "s" takes a string. The server answers null for a slot it does not serve.
+        unsafe {
+            let name = c"EXISTS".as_ptr();
+            let reply = api!(RedisModule_Call(self.raw, name, c"s".as_ptr(), key.as_ptr()));
+            if reply.is_null() {
+                return false;
+            }
+            api!(RedisModule_FreeCallReply(reply));
+        }
+        true
+    }
+
+    fn has_flag(&self, any_of: u32) -> bool {
+        // SAFETY: the context is valid during the call.
+        let flags = unsafe { api!(RedisModule_GetContextFlags(self.raw)) };
+        flags & any_of as i32 != 0
+    }
+
     /// Whether the data must stay as it is: clients are paused (so is a failover under way), or
     /// this is a read-only replica. The server hides an expired key then without deleting it, and
     /// adding a key under that name would stop the server.
     pub(super) fn data_is_frozen(&self) -> bool {
-        // SAFETY: takes nothing, reads a flag.
-        if unsafe { api!(RedisModule_AvoidReplicaTraffic()) } != 0 {
-            return true;
-        }
-        let read_only_replica =
-            (raw::REDISMODULE_CTX_FLAGS_SLAVE | raw::REDISMODULE_CTX_FLAGS_READONLY) as i32;
-        // SAFETY: the context is valid during the call.
-        let flags = unsafe { api!(RedisModule_GetContextFlags(self.raw)) };
-        flags & read_only_replica == read_only_replica
+        self.is_paused() || self.is_replica() && self.has_flag(raw::REDISMODULE_CTX_FLAGS_READONLY)
     }
 
     /// Writes a line at level warning to the server's log.
@@ -78,6 +160,12 @@ impl<'c> Str<'c> {
         unsafe { slice::from_raw_parts(argv.cast::<Self>(), count) }
     }
 
+    /// # Safety
+    /// `raw` must be null, or a string that is valid for `'c`.
+    pub(super) unsafe fn from_ptr(raw: *mut RedisModuleString) -> Option<Self> {
+        NonNull::new(raw).map(|raw| Self { raw, call: PhantomData })
+    }
+
     pub(super) fn as_ptr(self) -> *mut RedisModuleString {
         self.raw.as_ptr()
     }
@@ -104,6 +192,23 @@ impl OwnedStr {
     /// `raw` must be a string whose ownership the server just passed to us.
     pub(super) unsafe fn new(raw: NonNull<RedisModuleString>) -> Self {
         Self { raw }
+    }
+
+    /// A copy of these bytes; `None` if the server makes none.
+    #[must_use]
+    pub fn copy(bytes: &[u8]) -> Option<Self> {
+        // SAFETY: the server copies that many bytes; without a context the string is ours.
+        let raw = unsafe {
+            let start = bytes.as_ptr().cast::<c_char>();
+            api!(RedisModule_CreateString(std::ptr::null_mut(), start, bytes.len()))
+        };
+        NonNull::new(raw).map(|raw| Self { raw })
+    }
+
+    /// The string, as long as it is not dropped.
+    #[must_use]
+    pub fn as_str(&self) -> Str<'_> {
+        Str { raw: self.raw, call: PhantomData }
     }
 
     pub(super) fn as_ptr(&self) -> *mut RedisModuleString {

@@ -15,14 +15,20 @@
 //! | `api.rs` | the server's functions, checked at load |
 //! | `context.rs` | one call into the module: clock, log, arguments, replies |
 //! | `command.rs` | registering a command with its documentation, and the way in |
+//! | `blocked.rs` | clients that wait for their reply |
+//! | `events.rs` | the timer, and what the server tells of keys, databases, clients |
 //! | `sorted_set.rs` | a limiter's sorted set, as [`crate::limiter::Leases`] |
 
 #[macro_use]
 mod api;
+mod blocked;
 mod command;
 mod context;
+mod events;
 mod sorted_set;
 
+pub use blocked::{BlockedClient, Blocking};
 pub use command::{Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
-pub use context::{Context, Str};
+pub use context::{Context, OwnedStr, Str};
+pub use events::{Listener, Timer};
 pub use sorted_set::{count_after, score_of_rank, NotOpened, ReadSet, SortedSet};

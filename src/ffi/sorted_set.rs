@@ -178,16 +178,33 @@ impl<'c> SortedSet<'c> {
         removed == 1
     }
 
+    fn lapse_ms_at(&self, end: End) -> Option<i64> {
+        if !self.set.seek(Scores::All, end) {
+            return None;
+        }
+        self.set.current().and_then(|(_, score)| limiter::lapse_ms(score))
+    }
+
+    /// Whether `key` holds a lease that ends at just that time.
+    #[must_use]
+    pub fn holds(&self, key: Str<'_>, lapse_ms: i64) -> bool {
+        let mut score = 0.0;
+        // SAFETY: the handle is open, the key a valid string.
+        let status =
+            unsafe { api!(RedisModule_ZsetScore(self.handle(), key.as_ptr(), &mut score)) };
+        status == raw::REDISMODULE_OK as i32 && score == limiter::score(lapse_ms)
+    }
+
     fn removed(&mut self, event: &'static CStr) {
         self.events.add(raw::REDISMODULE_NOTIFY_ZSET, event);
         if self.count() == 0 {
-            self.events.add(raw::REDISMODULE_NOTIFY_GENERIC, c"del");
+            self.events.add(raw::REDISMODULE_NOTIFY_GENERIC, event::DEL);
         }
     }
 }
 
-impl<'c> Leases for SortedSet<'c> {
-    type Key = Str<'c>;
+impl Leases for SortedSet<'_> {
+    type Key<'k> = Str<'k>;
 
     fn prune(&mut self, now_ms: i64) -> u64 {
         let mut pruned: u64 = 0;
@@ -213,7 +230,7 @@ impl<'c> Leases for SortedSet<'c> {
                     now.bytes().len()
                 ));
             }
-            self.removed(c"zremrangebyscore");
+            self.removed(event::ZREMRANGEBYSCORE);
         }
         pruned
     }
@@ -222,7 +239,7 @@ impl<'c> Leases for SortedSet<'c> {
         self.set.count()
     }
 
-    fn put(&mut self, key: &Str<'c>, lapse_ms: i64, put: Put) -> Found {
+    fn put(&mut self, key: &Str<'_>, lapse_ms: i64, put: Put) -> Found {
         let mut flags = match put {
             Put::AddOrMove => 0,
             Put::AddOnly => raw::REDISMODULE_ZADD_NX,
@@ -255,12 +272,12 @@ impl<'c> Leases for SortedSet<'c> {
                     key.as_ptr()
                 ));
             }
-            self.events.add(raw::REDISMODULE_NOTIFY_ZSET, c"zadd");
+            self.events.add(raw::REDISMODULE_NOTIFY_ZSET, event::ZADD);
         }
         found
     }
 
-    fn remove(&mut self, keys: &[Str<'c>]) -> u64 {
+    fn remove(&mut self, keys: &[Str<'_>]) -> u64 {
         let mut removed: Vec<*mut RedisModuleString> = Vec::new();
         for key in keys {
             if self.remove_silently(key.as_ptr()) {
@@ -279,7 +296,7 @@ impl<'c> Leases for SortedSet<'c> {
                     removed.len()
                 ));
             }
-            self.removed(c"zrem");
+            self.removed(event::ZREM);
         }
         removed.len() as u64
     }
@@ -288,11 +305,12 @@ impl<'c> Leases for SortedSet<'c> {
         self.set.seek(Scores::After(limiter::score(time_ms)), End::First)
     }
 
+    fn next_lapse_ms(&self) -> Option<i64> {
+        self.lapse_ms_at(End::First)
+    }
+
     fn last_lapse_ms(&self) -> Option<i64> {
-        if !self.set.seek(Scores::All, End::Last) {
-            return None;
-        }
-        self.set.current().and_then(|(_, score)| limiter::lapse_ms(score))
+        self.lapse_ms_at(End::Last)
     }
 
     fn expiry_ms(&self) -> Option<i64> {
@@ -320,7 +338,7 @@ impl<'c> Leases for SortedSet<'c> {
                 }
             };
         }
-        let event = if expiry_ms.is_some() { c"expire" } else { c"persist" };
+        let event = if expiry_ms.is_some() { event::EXPIRE } else { event::PERSIST };
         self.events.add(raw::REDISMODULE_NOTIFY_GENERIC, event);
     }
 }
@@ -388,6 +406,26 @@ enum Scores {
 enum End {
     First,
     Last,
+}
+
+/// The events we send. The server hands our text on as it is, so its address tells our events
+/// from the same events of others.
+mod event {
+    use std::ffi::CStr;
+
+    pub static ZADD: &CStr = c"zadd";
+    pub static ZREM: &CStr = c"zrem";
+    pub static ZREMRANGEBYSCORE: &CStr = c"zremrangebyscore";
+    pub static DEL: &CStr = c"del";
+    pub static EXPIRE: &CStr = c"expire";
+    pub static PERSIST: &CStr = c"persist";
+}
+
+/// Whether this very text is one of those we send.
+pub(super) fn is_our_event(text: &CStr) -> bool {
+    [event::ZADD, event::ZREM, event::ZREMRANGEBYSCORE, event::DEL, event::EXPIRE, event::PERSIST]
+        .into_iter()
+        .any(|ours| std::ptr::eq(ours.as_ptr(), text.as_ptr()))
 }
 
 /// The keyspace events of one command. Sent when dropped, after marking the key as modified.

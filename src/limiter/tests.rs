@@ -51,7 +51,7 @@ impl Set {
 }
 
 impl Leases for Set {
-    type Key = u8;
+    type Key<'k> = u8;
 
     fn prune(&mut self, now_ms: i64) -> u64 {
         self.retain(|(_, member_score)| *member_score > score(now_ms))
@@ -85,6 +85,10 @@ impl Leases for Set {
 
     fn any_after(&self, time_ms: i64) -> bool {
         self.members.iter().any(|(_, member_score)| *member_score > score(time_ms))
+    }
+
+    fn next_lapse_ms(&self) -> Option<i64> {
+        self.sorted().first().and_then(|(_, first)| lapse_ms(*first))
     }
 
     fn last_lapse_ms(&self) -> Option<i64> {

@@ -122,7 +122,7 @@ fn run(steps: Vec<Step>) {
                 let limiter = limiters[nth_line % limiters.len()];
                 let line = lines.line(limiter.0, &[limiter.1]).expect("a line");
                 let (head, _) = lines.head(line).expect("a head");
-                assert_eq!(lines.grant(head), Some(limiter));
+                assert_eq!(lines.answered(head), Some(limiter));
                 model.remove(head, true);
             }
             Step::Touch { db, prefix } => {

@@ -11,7 +11,7 @@
 #![allow(dead_code)] // Each test binary uses its own part of this.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -125,6 +125,20 @@ impl Server {
     /// A new connection.
     pub fn client(&self) -> Client {
         Client::over(TcpStream::connect(("127.0.0.1", self.port)).expect("a connection"))
+    }
+
+    /// How many clients are blocked.
+    pub fn blocked(&self) -> usize {
+        self.client().info("clients", "blocked_clients").parse().expect("a number")
+    }
+
+    /// A client that waits in line: it has sent the command, and the server has blocked it.
+    pub fn waiter(&self, command: &str) -> Client {
+        let before = self.blocked();
+        let mut waiter = self.client();
+        waiter.send(&command.split_whitespace().collect::<Vec<_>>());
+        wait_until("the client is blocked", || self.blocked() > before);
+        waiter
     }
 
     /// What the server wrote to its log.
@@ -293,6 +307,24 @@ impl Client {
     /// Waits until the server's clock shows `time_ms`.
     pub fn wait_for_clock(&mut self, time_ms: i64) {
         wait_until("the clock shows the time", || self.now_ms() >= time_ms);
+    }
+
+    /// The connection's id.
+    pub fn id(&mut self) -> i64 {
+        self.int("CLIENT ID")
+    }
+
+    /// Whether a reply is there, or comes within a moment that is short beside any wait.
+    pub fn has_reply(&mut self) -> bool {
+        self.stream.set_read_timeout(Some(Duration::from_millis(30))).expect("a time-out");
+        let there = self.stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0);
+        self.stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+        there
+    }
+
+    /// Whether the server has closed the connection, now or in time.
+    pub fn is_closed(&mut self) -> bool {
+        matches!(self.stream.read(&mut [0]), Ok(0) | Err(_))
     }
 
     /// Members and scores of a sorted set, in order.

@@ -1,0 +1,155 @@
+//! What the server tells without being asked: a timer, changes of keys, of databases, of clients.
+//!
+//! The callbacks may come in the middle of anything, and nothing may be written in them: a write
+//! would travel to replicas before the change it answers. The one exception is the timer's.
+
+use std::ffi::{c_char, c_int, c_void, CStr};
+use std::ptr;
+
+use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
+
+use super::command::contained;
+use super::context::{Context, Str};
+use super::sorted_set::is_our_event;
+
+/// Who listens.
+pub trait Listener {
+    /// The timer of [`Timer::start`] has run out. Writing is allowed, if the server may
+    /// ([`Context::may_write_unasked`]).
+    fn ring(ctx: &Context);
+    /// Somebody else's command, or the server, changed this key.
+    fn key_changed(ctx: &Context, key: &[u8]);
+    /// A database was emptied (`None`: all were).
+    fn database_flushed(ctx: &Context, db: Option<i32>);
+    /// Two databases changed places.
+    fn databases_swapped(ctx: &Context, first: i32, second: i32);
+    /// A connection was closed.
+    fn disconnected(ctx: &Context, connection: u64);
+}
+
+/// A timer that runs.
+#[derive(Debug)]
+pub struct Timer(u64);
+
+impl Timer {
+    /// Starts a timer that rings once after `period_ms`; 0: before the server sleeps again.
+    #[must_use]
+    pub fn start<L: Listener>(ctx: &Context, period_ms: i64) -> Self {
+        // SAFETY: the context is valid, the callback of the type asked for, and needs no data.
+        Self(unsafe {
+            api!(RedisModule_CreateTimer(ctx.as_ptr(), period_ms, Some(ring::<L>), ptr::null_mut()))
+        })
+    }
+
+    /// Stops it before it rings. Must not be called while it rings: the server would free it
+    /// twice.
+    pub fn stop(self, ctx: &Context) {
+        // SAFETY: the server looks the timer up by its number, and refuses one it does not have.
+        unsafe { api!(RedisModule_StopTimer(ctx.as_ptr(), self.0, ptr::null_mut())) };
+    }
+}
+
+/// Starts to listen, while the module loads.
+///
+/// # Errors
+/// If the server refuses.
+pub(super) fn listen<L: Listener>(ctx: *mut RedisModuleCtx) -> Result<(), String> {
+    let ok = raw::REDISMODULE_OK as c_int;
+    let flush = server_event(raw::REDISMODULE_EVENT_FLUSHDB);
+    let swap = server_event(raw::REDISMODULE_EVENT_SWAPDB);
+    let client = server_event(raw::REDISMODULE_EVENT_CLIENT_CHANGE);
+    // SAFETY: the context is that of the load, and the callbacks are of the types asked for.
+    let subscribed = unsafe {
+        api!(RedisModule_SubscribeToKeyspaceEvents(
+            ctx,
+            raw::REDISMODULE_NOTIFY_ALL,
+            Some(key_changed::<L>)
+        )) == ok
+            && api!(RedisModule_SubscribeToServerEvent(ctx, flush, Some(flushed::<L>))) == ok
+            && api!(RedisModule_SubscribeToServerEvent(ctx, swap, Some(swapped::<L>))) == ok
+            && api!(RedisModule_SubscribeToServerEvent(ctx, client, Some(client_changed::<L>)))
+                == ok
+    };
+    subscribed.then_some(()).ok_or_else(|| "the server refused to tell of its events".into())
+}
+
+fn server_event(id: u64) -> raw::RedisModuleEvent {
+    raw::RedisModuleEvent { id, dataver: 1 }
+}
+
+/// # Safety
+/// Only the server calls it, with a valid context.
+unsafe extern "C" fn ring<L: Listener>(ctx: *mut RedisModuleCtx, _data: *mut c_void) {
+    // SAFETY: the server's context of the call at hand.
+    let ctx = unsafe { Context::new(ctx) };
+    contained(&ctx, || L::ring(&ctx));
+}
+
+/// # Safety
+/// Only the server calls it, with a valid context, text and string.
+unsafe extern "C" fn key_changed<L: Listener>(
+    ctx: *mut RedisModuleCtx,
+    _class: c_int,
+    event: *const c_char,
+    key: *mut RedisModuleString,
+) -> c_int {
+    // SAFETY: the text ends with NUL and is valid during the call.
+    if !is_our_event(unsafe { CStr::from_ptr(event) }) {
+        // SAFETY: the server's context and one string, valid during the call.
+        let (ctx, key) = unsafe { (Context::new(ctx), Str::from_ptr(key)) };
+        contained(&ctx, || {
+            if let Some(key) = key {
+                L::key_changed(&ctx, key.bytes());
+            }
+        });
+    }
+    raw::REDISMODULE_OK as c_int
+}
+
+/// # Safety
+/// Only the server calls it, with a valid context and the data of a flush.
+unsafe extern "C" fn flushed<L: Listener>(
+    ctx: *mut RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    _when: u64,
+    data: *mut c_void,
+) {
+    // SAFETY: the server's context, and the structure that this event comes with.
+    let (ctx, info) =
+        unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleFlushInfoV1>().as_ref()) };
+    let db = info.map(|info| info.dbnum).filter(|db| *db >= 0);
+    contained(&ctx, || L::database_flushed(&ctx, db));
+}
+
+/// # Safety
+/// Only the server calls it, with a valid context and the data of a swap.
+unsafe extern "C" fn swapped<L: Listener>(
+    ctx: *mut RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    _when: u64,
+    data: *mut c_void,
+) {
+    // SAFETY: the server's context, and the structure that this event comes with.
+    let (ctx, info) =
+        unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleSwapDbInfo>().as_ref()) };
+    let Some(info) = info else { return };
+    contained(&ctx, || L::databases_swapped(&ctx, info.dbnum_first, info.dbnum_second));
+}
+
+/// # Safety
+/// Only the server calls it, with a valid context and the data of a client.
+unsafe extern "C" fn client_changed<L: Listener>(
+    ctx: *mut RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    change: u64,
+    data: *mut c_void,
+) {
+    if change != raw::REDISMODULE_SUBEVENT_CLIENT_CHANGE_DISCONNECTED {
+        return;
+    }
+    // SAFETY: the server's context, and the structure that this event comes with.
+    let (ctx, info) =
+        unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleClientInfoV1>().as_ref()) };
+    let Some(info) = info else { return };
+    contained(&ctx, || L::disconnected(&ctx, info.id));
+}

@@ -1,0 +1,384 @@
+//! Ties: leases that end when somebody goes, and the ones whose somebody has gone.
+//!
+//! Pure: no Redis, no clock. Two things tie a lease to an owner: the option EPHEMERAL, to the
+//! connection that asked for it; and a grant to a waiter, until its reply is on its way, so that
+//! a lease granted to a client that is gone is taken back. What always holds:
+//!
+//! - A lease (database, prefix, key) has one tie at most; a new one takes the old one's place.
+//! - A tie means one lease and no later one of the same key: whoever takes, refreshes or releases
+//!   the lease by another right cuts the tie ([`Ties::cut`]), also after its owner has gone and
+//!   before the lease was taken back. A tie is a number that is never used twice, so even a lease
+//!   of the same key with the same score is another.
+//! - A tie whose lease has lapsed is forgotten when the next one is made, so that the table is no
+//!   larger than the leases that were live then.
+//!
+//! Everything is O(log N), but for [`Ties::swap_databases`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// A tie's name.
+pub type TieId = u64;
+
+/// Whose going ends the lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Owner {
+    /// A connection, by the server's client id.
+    Connection(u64),
+    /// A waiter that was granted and has not been answered yet.
+    Waiter(u64),
+}
+
+/// A tied lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// The database.
+    pub db: i32,
+    /// The limiter.
+    pub prefix: Box<[u8]>,
+    /// The holder.
+    pub key: Box<[u8]>,
+    /// When it lapses.
+    pub lapse_ms: i64,
+}
+
+/// All ties.
+#[derive(Default)]
+pub struct Ties {
+    ties: BTreeMap<TieId, Tie>,
+    by_lease: HashMap<i32, HashMap<Box<[u8]>, Holders>>,
+    by_owner: BTreeSet<(Owner, TieId)>,
+    by_lapse: BTreeSet<(i64, TieId)>,
+    lost: BTreeSet<TieId>,
+    last_id: TieId,
+}
+
+/// The ties of one limiter's holders.
+type Holders = HashMap<Box<[u8]>, TieId>;
+
+struct Tie {
+    lease: Lease,
+    owner: Option<Owner>, // None: it has gone, and the lease is to be taken back.
+}
+
+impl Ties {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ties.is_empty()
+    }
+
+    /// Whether leases are to be taken back.
+    #[must_use]
+    pub fn any_lost(&self) -> bool {
+        !self.lost.is_empty()
+    }
+
+    /// Ties a lease to an owner, in place of any other tie it has.
+    pub fn tie(&mut self, lease: Lease, owner: Owner, now_ms: i64) -> TieId {
+        self.forget_lapsed(now_ms);
+        self.cut(lease.db, &lease.prefix, &lease.key);
+        self.last_id = self.last_id.wrapping_add(1);
+        let id = self.last_id;
+        self.by_owner.insert((owner, id));
+        self.by_lapse.insert((lease.lapse_ms, id));
+        self.index(&lease, id);
+        self.ties.insert(id, Tie { lease, owner: Some(owner) });
+        id
+    }
+
+    /// The lease no longer ends with anybody: it was released, or taken by another right.
+    pub fn cut(&mut self, db: i32, prefix: &[u8], key: &[u8]) {
+        if let Some(id) = self.find(db, prefix, key) {
+            self.remove(id);
+        }
+    }
+
+    /// The same by the tie's name, unless its owner has gone: then the lease is still to be taken
+    /// back.
+    pub fn cut_unless_lost(&mut self, id: TieId) {
+        if !self.lost.contains(&id) {
+            self.remove(id);
+        }
+    }
+
+    /// The lease was renewed: its tie, if any, stays.
+    pub fn renewed(&mut self, db: i32, prefix: &[u8], key: &[u8], lapse_ms: i64) {
+        let Some(id) = self.find(db, prefix, key) else { return };
+        let Some(tie) = self.ties.get_mut(&id) else { return };
+        self.by_lapse.remove(&(tie.lease.lapse_ms, id));
+        tie.lease.lapse_ms = lapse_ms;
+        self.by_lapse.insert((lapse_ms, id));
+    }
+
+    /// From now on the tie is to another owner.
+    pub fn hand_over(&mut self, id: TieId, owner: Owner) {
+        let Some(tie) = self.ties.get_mut(&id) else { return };
+        if let Some(old) = tie.owner.replace(owner) {
+            self.by_owner.remove(&(old, id));
+            self.by_owner.insert((owner, id));
+        } else {
+            tie.owner = None; // Lost already.
+        }
+    }
+
+    /// The owner has gone: its leases are to be taken back. Whether it had any.
+    pub fn owner_left(&mut self, owner: Owner) -> bool {
+        let mut any = false;
+        while let Some((_, id)) = self.by_owner.range((owner, 0)..=(owner, TieId::MAX)).next() {
+            let id = *id;
+            self.by_owner.remove(&(owner, id));
+            if let Some(tie) = self.ties.get_mut(&id) {
+                tie.owner = None;
+                self.lost.insert(id);
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Takes one lease that is to be taken back.
+    pub fn next_lost(&mut self) -> Option<Lease> {
+        let id = *self.lost.first()?;
+        self.remove(id).map(|tie| tie.lease)
+    }
+
+    /// Two databases change places, their leases with them.
+    pub fn swap_databases(&mut self, first: i32, second: i32) {
+        for tie in self.ties.values_mut() {
+            tie.lease.db = match tie.lease.db {
+                db if db == first => second,
+                db if db == second => first,
+                db => db,
+            };
+        }
+        let (of_first, of_second) = (self.by_lease.remove(&first), self.by_lease.remove(&second));
+        self.by_lease.extend(of_first.map(|leases| (second, leases)));
+        self.by_lease.extend(of_second.map(|leases| (first, leases)));
+    }
+
+    /// A database was emptied (`None`: all were), its leases with it.
+    pub fn forget_database(&mut self, db: Option<i32>) {
+        let gone = |tie: &Tie| db.is_none_or(|db| db == tie.lease.db);
+        let ids: Vec<TieId> =
+            self.ties.iter().filter(|(_, tie)| gone(tie)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.remove(id);
+        }
+    }
+
+    fn forget_lapsed(&mut self, now_ms: i64) {
+        while let Some((lapse_ms, id)) = self.by_lapse.first().copied() {
+            if lapse_ms > now_ms {
+                return;
+            }
+            self.remove(id);
+        }
+    }
+
+    fn find(&self, db: i32, prefix: &[u8], key: &[u8]) -> Option<TieId> {
+        self.by_lease.get(&db)?.get(prefix)?.get(key).copied()
+    }
+
+    fn index(&mut self, lease: &Lease, id: TieId) {
+        let limiters = self.by_lease.entry(lease.db).or_default();
+        limiters.entry(lease.prefix.clone()).or_default().insert(lease.key.clone(), id);
+    }
+
+    fn remove(&mut self, id: TieId) -> Option<Tie> {
+        let tie = self.ties.remove(&id)?;
+        self.by_lapse.remove(&(tie.lease.lapse_ms, id));
+        self.lost.remove(&id);
+        if let Some(owner) = tie.owner {
+            self.by_owner.remove(&(owner, id));
+        }
+        if let Some(limiters) = self.by_lease.get_mut(&tie.lease.db) {
+            if let Some(leases) = limiters.get_mut(&tie.lease.prefix) {
+                leases.remove(&tie.lease.key);
+                if leases.is_empty() {
+                    limiters.remove(&tie.lease.prefix);
+                }
+            }
+            if limiters.is_empty() {
+                self.by_lease.remove(&tie.lease.db);
+            }
+        }
+        Some(tie)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn lease(db: i32, key: u8, lapse_ms: i64) -> Lease {
+        Lease { db, prefix: [b'p', key % 2].into(), key: [key].into(), lapse_ms }
+    }
+
+    fn lost(ties: &mut Ties) -> Vec<Lease> {
+        std::iter::from_fn(|| ties.next_lost()).collect()
+    }
+
+    fn is_empty(ties: &Ties) -> bool {
+        ties.ties.is_empty()
+            && ties.by_lease.is_empty()
+            && ties.by_owner.is_empty()
+            && ties.by_lapse.is_empty()
+            && ties.lost.is_empty()
+    }
+
+    const ME: Owner = Owner::Connection(1);
+    const OTHER: Owner = Owner::Connection(2);
+
+    #[test]
+    fn a_lease_is_lost_with_its_owner() {
+        let mut ties = Ties::default();
+        ties.tie(lease(0, 1, 100), ME, 0);
+        ties.tie(lease(0, 2, 100), OTHER, 0);
+        assert!(ties.owner_left(ME));
+        assert!(!ties.owner_left(ME));
+        assert_eq!(lost(&mut ties), [lease(0, 1, 100)]);
+        assert!(ties.owner_left(OTHER));
+        assert_eq!(lost(&mut ties), [lease(0, 2, 100)]);
+        assert!(is_empty(&ties));
+    }
+
+    #[test]
+    fn who_takes_over_a_lost_lease_keeps_it() {
+        let mut ties = Ties::default();
+        ties.tie(lease(0, 1, 100), ME, 0);
+        ties.owner_left(ME);
+        ties.cut(0, &lease(0, 1, 0).prefix, &[1]); // Refreshed by somebody, to the same end.
+        assert!(!ties.any_lost());
+        ties.tie(lease(0, 1, 100), ME, 0);
+        ties.owner_left(ME);
+        ties.tie(lease(0, 1, 100), OTHER, 0);
+        assert!(lost(&mut ties).is_empty());
+        assert!(!ties.is_empty());
+    }
+
+    #[test]
+    fn a_waiters_tie_becomes_its_connections() {
+        let mut ties = Ties::default();
+        let id = ties.tie(lease(0, 1, 100), Owner::Waiter(1), 0);
+        ties.hand_over(id, ME);
+        assert!(!ties.owner_left(Owner::Waiter(1)));
+        assert!(ties.owner_left(ME));
+        ties.hand_over(id, OTHER);
+        assert!(!ties.owner_left(OTHER), "what is lost is not handed over");
+        assert_eq!(lost(&mut ties).len(), 1);
+        assert!(is_empty(&ties));
+    }
+
+    #[test]
+    fn a_lost_lease_stays_lost_when_its_tie_would_end() {
+        let mut ties = Ties::default();
+        let id = ties.tie(lease(0, 1, 100), ME, 0);
+        ties.owner_left(ME);
+        ties.cut_unless_lost(id);
+        assert_eq!(lost(&mut ties).len(), 1);
+        let id = ties.tie(lease(0, 1, 100), ME, 0);
+        ties.cut_unless_lost(id);
+        assert!(!ties.owner_left(ME));
+        assert!(is_empty(&ties));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Tie { key: u8, owner: u64, ttl_ms: i64 },
+        Cut { key: u8 },
+        Renew { key: u8, ttl_ms: i64 },
+        Leave { owner: u64 },
+        TakeBack,
+        Swap,
+        Flush { db: Option<i32> },
+        TimePasses { ms: i64 },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let (key, owner, ttl_ms) = (0..6_u8, 0..3_u64, 1..50_i64);
+        prop_oneof![
+            5 => (key.clone(), owner.clone(), ttl_ms.clone())
+                .prop_map(|(key, owner, ttl_ms)| Step::Tie { key, owner, ttl_ms }),
+            2 => key.clone().prop_map(|key| Step::Cut { key }),
+            2 => (key, ttl_ms).prop_map(|(key, ttl_ms)| Step::Renew { key, ttl_ms }),
+            2 => owner.prop_map(|owner| Step::Leave { owner }),
+            2 => Just(Step::TakeBack),
+            1 => Just(Step::Swap),
+            1 => prop::option::of(0..2_i32).prop_map(|db| Step::Flush { db }),
+            1 => (0..30_i64).prop_map(|ms| Step::TimePasses { ms }),
+        ]
+    }
+
+    proptest! {
+        /// Against a list of (lease, owner), where the owner `None` is one that has gone.
+        #[test]
+        fn ties_do_as_a_list_would(steps in prop::collection::vec(step(), 1..60)) {
+            let mut ties = Ties::default();
+            let mut model: Vec<(Lease, Option<u64>)> = Vec::new();
+            let mut now_ms = 0;
+            for step in steps {
+                match step {
+                    Step::Tie { key, owner, ttl_ms } => {
+                        let lease = lease(0, key, now_ms + ttl_ms);
+                        ties.tie(lease.clone(), Owner::Connection(owner), now_ms);
+                        model.retain(|(old, _)| {
+                            old.lapse_ms > now_ms && (old.db, &old.key) != (0, &lease.key)
+                        });
+                        model.push((lease, Some(owner)));
+                    }
+                    Step::Cut { key } => {
+                        ties.cut(0, &lease(0, key, 0).prefix, &[key]);
+                        model.retain(|(old, _)| (old.db, &*old.key) != (0, &[key][..]));
+                    }
+                    Step::Renew { key, ttl_ms } => {
+                        ties.renewed(0, &lease(0, key, 0).prefix, &[key], now_ms + ttl_ms);
+                        for (old, _) in &mut model {
+                            if (old.db, &*old.key) == (0, &[key][..]) {
+                                old.lapse_ms = now_ms + ttl_ms;
+                            }
+                        }
+                    }
+                    Step::Leave { owner } => {
+                        let any = model.iter().any(|(_, of)| *of == Some(owner));
+                        prop_assert_eq!(ties.owner_left(Owner::Connection(owner)), any);
+                        for (_, of) in &mut model {
+                            if *of == Some(owner) {
+                                *of = None;
+                            }
+                        }
+                    }
+                    Step::TakeBack => {
+                        let order = |lease: &Lease| (lease.db, lease.key.clone());
+                        let mut taken = lost(&mut ties);
+                        taken.sort_by_key(order);
+                        let gone = |of: &Option<u64>| of.is_none();
+                        let mut expected: Vec<Lease> = model
+                            .iter()
+                            .filter(|(_, of)| gone(of))
+                            .map(|(lease, _)| lease.clone())
+                            .collect();
+                        expected.sort_by_key(order);
+                        prop_assert_eq!(taken, expected);
+                        model.retain(|(_, of)| !gone(of));
+                    }
+                    Step::Swap => {
+                        ties.swap_databases(0, 1);
+                        model.iter_mut().for_each(|(lease, _)| lease.db = 1 - lease.db);
+                    }
+                    Step::Flush { db } => {
+                        ties.forget_database(db);
+                        model.retain(|(lease, _)| db.is_some_and(|db| db != lease.db));
+                    }
+                    Step::TimePasses { ms } => now_ms += ms,
+                }
+                prop_assert_eq!(ties.is_empty(), model.is_empty());
+            }
+            (0..3).for_each(|owner| {
+                ties.owner_left(Owner::Connection(owner));
+            });
+            prop_assert_eq!(lost(&mut ties).len(), model.len());
+            prop_assert!(is_empty(&ties));
+        }
+    }
+}

@@ -1,0 +1,553 @@
+//! Joins leases to the lines of waiters, blocked clients, timers and disconnections.
+//!
+//! While somebody waits on a limiter, nobody but its line is given a slot: [`acquire`] lets only
+//! holders refresh then. A slot goes to the head of the line
+//!
+//! - inside the command of ours that freed it ([`serve`]), so that both travel in one MULTI;
+//! - else from the *pump* ([`Pump::ring`]), which a timer runs before the server sleeps again.
+//!   What happens elsewhere (a lapse, a deadline, a DEL, a FLUSHALL, a closed connection) only
+//!   marks the line as due and starts the timer: a grant written in the middle of a notification
+//!   would reach replicas before the change that made room for it.
+//!
+//! There is one timer for everything, set to the soonest thing there is to do. The pump writes
+//! only when the server may, and only for keys it serves; else it comes back later.
+//!
+//! A waiter is *waiting* (in its line), then *decided* (out of it, let go, and not replied yet),
+//! then gone. A lease granted to it is tied to it until the reply is on its way: if the client
+//! turns out to be gone, the lease is taken back and handed on.
+//!
+//! The state is behind a lock that is never held while the server is called, since the server may
+//! call back at once.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use lazy_static::lazy_static;
+
+use crate::ffi::{
+    BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, SortedSet, Str, Timer,
+};
+use crate::limiter::{self, Leases, Outcome, Reacquire};
+use crate::queue::{LineId, Lines, WaiterId};
+use crate::ties::{Lease, Owner, TieId, Ties};
+
+/// How soon the pump comes back when the server may not write: a pause has no event for its end.
+const PAUSED_RETRY_MS: i64 = 10;
+
+/// How often a line looks whether its slot is still served here, in a cluster. Redis 7.0 lets a
+/// slot go without a word.
+const CLUSTER_PROBE_MS: i64 = 500;
+
+/// How many leases are taken back, and lines served, before the server gets to its clients again.
+const WORK_A_TURN: usize = 200;
+
+/// How long a lease may last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Until it lapses.
+    Lapse,
+    /// Until this connection closes, if it has not lapsed before.
+    Closed(u64),
+}
+
+/// What somebody asks for.
+pub struct Ask<'a> {
+    /// The limiter.
+    pub prefix: Str<'a>,
+    /// The holder to be.
+    pub key: Str<'a>,
+    /// How many leases may be live.
+    pub limit: u64,
+    /// How long the lease lasts.
+    pub ttl_ms: i64,
+    /// What else ends it.
+    pub until: Until,
+}
+
+/// What came of it.
+pub struct Taken {
+    /// The decision.
+    pub outcome: Outcome,
+    /// Live leases afterwards.
+    pub live: u64,
+    /// Clients waiting in line afterwards.
+    pub waiting: usize,
+}
+
+/// Whether somebody waits now.
+pub enum Turn {
+    /// The key holds a lease.
+    Granted,
+    /// The client stands in line, and will be answered.
+    Waits,
+}
+
+/// How a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The key holds a lease.
+    Granted,
+    /// The time-out came first.
+    TimedOut,
+    /// The limiter's key has become something else.
+    WrongType,
+    /// The limiter's slot is served by another node now.
+    Moved,
+}
+
+/// Takes a slot now, or not at all. While clients wait in line only a holder gets its lease
+/// refreshed.
+///
+/// # Errors
+/// [`NotOpened`].
+pub fn acquire(
+    ctx: &Context,
+    ask: &Ask<'_>,
+    reacquire: Reacquire,
+    now_ms: i64,
+) -> Result<Taken, NotOpened> {
+    let mut set = SortedSet::open(ctx, ask.prefix)?;
+    let (outcome, line) = take(ctx, ask, reacquire, now_ms, &mut set);
+    let waiting = line.map_or(0, |line| with(|hall| hall.lines.len(line)));
+    Ok(Taken { outcome, live: set.count(), waiting })
+}
+
+/// Takes a slot, or puts the client at the end of the line.
+///
+/// # Errors
+/// [`NotOpened`].
+pub fn acquire_or_wait<B: Blocking>(
+    ctx: &Context,
+    ask: &Ask<'_>,
+    connection: u64,
+    deadline_ms: Option<i64>,
+    now_ms: i64,
+) -> Result<Turn, NotOpened> {
+    let mut set = SortedSet::open(ctx, ask.prefix)?;
+    if take(ctx, ask, Reacquire::Refresh, now_ms, &mut set).0 != Outcome::Denied {
+        return Ok(Turn::Granted);
+    }
+    let Some(client) = BlockedClient::block::<B>(ctx) else {
+        return Ok(Turn::Waits); // The server has told the client why.
+    };
+    let waiter = Waiter {
+        client,
+        connection,
+        key: ask.key.bytes().into(),
+        limit: ask.limit,
+        ttl_ms: ask.ttl_ms,
+        until: ask.until,
+    };
+    let next_look_ms = next_look_ms(ctx, &set, now_ms);
+    with(|hall| {
+        let (id, line) = hall.lines.join(ctx.db(), ask.prefix.bytes(), deadline_ms, waiter);
+        hall.waiters.insert(client, id);
+        if hall.lines.len(line) == 1 {
+            hall.lines.set_alarm(line, next_look_ms);
+        }
+    });
+    set_timer(ctx);
+    Ok(Turn::Waits)
+}
+
+/// Gives slots back, and hands them to the line; how many of the keys held a live lease.
+///
+/// # Errors
+/// [`NotOpened`].
+pub fn release(ctx: &Context, prefix: Str<'_>, keys: &[Str<'_>]) -> Result<u64, NotOpened> {
+    let (db, now_ms) = (ctx.db(), ctx.now_ms());
+    let mut set = SortedSet::open(ctx, prefix)?;
+    let released = limiter::release(&mut set, keys, now_ms);
+    let line = with(|hall| {
+        if !hall.ties.is_empty() {
+            keys.iter().for_each(|key| hall.ties.cut(db, prefix.bytes(), key.bytes()));
+        }
+        hall.lines.line(db, prefix.bytes())
+    });
+    serve(ctx, line, &mut set, now_ms);
+    Ok(released)
+}
+
+/// Moves the end of a live lease to now + ttl; whether there was one.
+///
+/// # Errors
+/// [`NotOpened`].
+pub fn renew(
+    ctx: &Context,
+    prefix: Str<'_>,
+    key: Str<'_>,
+    ttl_ms: i64,
+    now_ms: i64,
+) -> Result<bool, NotOpened> {
+    let (db, lapse_ms) = (ctx.db(), lapse_ms(now_ms, ttl_ms));
+    let mut set = SortedSet::open(ctx, prefix)?;
+    let renewed = limiter::renew(&mut set, &key, lapse_ms, now_ms);
+    let line = with(|hall| {
+        if renewed && !hall.ties.is_empty() {
+            hall.ties.renewed(db, prefix.bytes(), key.bytes(), lapse_ms);
+        }
+        hall.lines.line(db, prefix.bytes())
+    });
+    serve(ctx, line, &mut set, now_ms);
+    Ok(renewed)
+}
+
+/// The answer to a waiter that was let go, for its reply; `None` if it is not known.
+pub fn reply(ctx: &Context, id: WaiterId) -> Option<Answer> {
+    let answer = with(|hall| {
+        let decided = hall.decided.remove(&id)?;
+        hall.waiters.remove(&decided.client);
+        if let Some(tie) = decided.tie {
+            // The client may be closed already and the server not know, or not have said. What it
+            // does in this turn it has said before the pump runs the next time.
+            hall.ties.hand_over(tie, Owner::Connection(decided.connection));
+            if decided.until == Until::Lapse {
+                hall.unproven.push(tie);
+            }
+        }
+        Some(decided.answer)
+    });
+    set_timer(ctx);
+    answer
+}
+
+/// A waiter's client is gone: before it was let go, or after.
+pub fn gone(ctx: &Context, client: BlockedClient) {
+    let was_waiting = with(|hall| {
+        let id = hall.waiters.remove(&client)?;
+        if hall.decided.remove(&id).is_some() {
+            hall.ties.owner_left(Owner::Waiter(id));
+        }
+        hall.lines.leave(id)
+    });
+    if was_waiting.is_some() {
+        client.let_go_unanswered();
+    }
+    set_timer(ctx);
+}
+
+/// Takes a slot as [`acquire`] says, and serves the line if there is one.
+fn take(
+    ctx: &Context,
+    ask: &Ask<'_>,
+    reacquire: Reacquire,
+    now_ms: i64,
+    set: &mut SortedSet<'_>,
+) -> (Outcome, Option<LineId>) {
+    let db = ctx.db();
+    let (prefix, key) = (ask.prefix.bytes(), ask.key.bytes());
+    let line = with(|hall| hall.lines.line(db, prefix));
+    // Nobody is let in past a line, also not into a slot that the line has not been given yet.
+    let limit = if line.is_some() { 0 } else { ask.limit };
+    let lapse_ms = lapse_ms(now_ms, ask.ttl_ms);
+    let outcome = limiter::acquire(set, &ask.key, limit, lapse_ms, now_ms, reacquire);
+    if outcome != Outcome::Denied {
+        with(|hall| match ask.until {
+            Until::Closed(connection) => {
+                let lease = Lease { db, prefix: prefix.into(), key: key.into(), lapse_ms };
+                hall.ties.tie(lease, Owner::Connection(connection), now_ms);
+            }
+            Until::Lapse => hall.ties.cut(db, prefix, key),
+        });
+    }
+    serve(ctx, line, set, now_ms);
+    (outcome, line)
+}
+
+/// The end of a lease granted now. What was asked for fitted when it was asked; a long wait may
+/// have moved its end past the last there is.
+fn lapse_ms(now_ms: i64, ttl_ms: i64) -> i64 {
+    limiter::lapse_after(now_ms, ttl_ms).unwrap_or(limiter::LAST_LAPSE_MS)
+}
+
+/// Gives what slots there are to the head of the line and those behind it, in a command of ours.
+fn serve(ctx: &Context, line: Option<LineId>, set: &mut SortedSet<'_>, now_ms: i64) {
+    let Some(line) = line else { return };
+    // In a cluster, a key that is gone may have to be made on another node: the pump will ask.
+    if ctx.is_paused() || (ctx.is_clustered() && set.count() == 0) {
+        with(|hall| hall.lines.touch_line(line));
+    } else {
+        grant(ctx, line, set, now_ms);
+    }
+    set_timer(ctx);
+}
+
+/// Grants slots from the head of the line on, as far as they go, and sets the line's alarm.
+fn grant(ctx: &Context, line: LineId, set: &mut SortedSet<'_>, now_ms: i64) {
+    while let Some((id, head)) = with(|hall| hall.lines.head(line).map(|(id, w)| (id, w.clone()))) {
+        let Some(key) = OwnedStr::copy(&head.key) else { return };
+        let lapse_ms = lapse_ms(now_ms, head.ttl_ms);
+        let key = key.as_str();
+        let refresh = Reacquire::Refresh;
+        let outcome = limiter::acquire(set, &key, head.limit, lapse_ms, now_ms, refresh);
+        if outcome == Outcome::Denied {
+            let next_look_ms = next_look_ms(ctx, set, now_ms);
+            with(|hall| hall.lines.set_alarm(line, next_look_ms));
+            return;
+        }
+        with(|hall| hall.note_grant(id, line, &head, outcome, lapse_ms, now_ms));
+        head.client.let_go(id);
+    }
+}
+
+/// When the line is to be looked at though nobody touches the limiter.
+fn next_look_ms(ctx: &Context, set: &SortedSet<'_>, now_ms: i64) -> Option<i64> {
+    let probe_ms = ctx.is_clustered().then(|| now_ms.saturating_add(CLUSTER_PROBE_MS));
+    [set.next_lapse_ms(), set.expiry_ms(), probe_ms].into_iter().flatten().min()
+}
+
+/// Answers everybody in the line at once.
+fn dismiss(line: LineId, answer: Answer) {
+    while let Some((id, client)) = with(|hall| {
+        let (id, _) = hall.lines.head(line)?;
+        let waiter = hall.lines.answered(id)?;
+        hall.decide(id, &waiter, answer, None);
+        Some((id, waiter.client))
+    }) {
+        client.let_go(id);
+    }
+}
+
+/// Sets the timer to the soonest thing there is to do, or stops it if there is nothing.
+fn set_timer(ctx: &Context) {
+    let now_ms = ctx.now_ms();
+    let (old, next_ms) = with(|hall| {
+        let next_ms = hall.next_ms();
+        let in_time = match (&hall.timer, next_ms) {
+            (Some((_, rings_ms)), Some(next_ms)) => *rings_ms <= next_ms.max(now_ms),
+            (timer, None) => timer.is_none(),
+            (None, Some(_)) => false,
+        };
+        // While it rings it must not be stopped, and is set at the end.
+        if in_time || hall.rings {
+            (None, None)
+        } else {
+            (hall.timer.take(), next_ms)
+        }
+    });
+    if let Some((timer, _)) = old {
+        timer.stop(ctx);
+    }
+    if let Some(next_ms) = next_ms {
+        // No longer than an hour, so that the server's own sum does not overflow.
+        let period_ms = next_ms.saturating_sub(now_ms).clamp(0, 3_600_000);
+        let timer = Timer::start::<Pump>(ctx, period_ms);
+        let rings_ms = now_ms.saturating_add(period_ms);
+        with(|hall| hall.timer = Some((timer, rings_ms)));
+    }
+}
+
+/// What runs when nobody's command does.
+pub struct Pump;
+
+impl Listener for Pump {
+    fn ring(ctx: &Context) {
+        with(|hall| {
+            hall.timer = None;
+            hall.rings = true;
+            hall.not_before_ms = i64::MIN;
+        });
+        let _end = RingEnd(ctx);
+        let now_ms = ctx.now_ms();
+        // Their clients have had a turn to turn out to be gone.
+        with(|hall| {
+            let unproven = std::mem::take(&mut hall.unproven);
+            unproven.into_iter().for_each(|tie| hall.ties.cut_unless_lost(tie));
+        });
+        while let Some((id, client)) = with(|hall| hall.next_timed_out(now_ms)) {
+            client.let_go(id);
+        }
+        if ctx.may_write_unasked() {
+            Self::take_back(ctx, now_ms);
+            Self::serve_due(ctx, now_ms);
+        } else {
+            with(|hall| {
+                hall.not_before_ms = now_ms.saturating_add(PAUSED_RETRY_MS);
+                // What is lost on a replica is its master's affair, where the ttl will end it.
+                while ctx.is_replica() && hall.ties.next_lost().is_some() {}
+            });
+        }
+    }
+
+    fn key_changed(ctx: &Context, key: &[u8]) {
+        if with(|hall| !hall.lines.is_empty()) {
+            let db = ctx.db();
+            if with(|hall| hall.lines.touch(db, key)) {
+                set_timer(ctx);
+            }
+        }
+    }
+
+    fn database_flushed(ctx: &Context, db: Option<i32>) {
+        with(|hall| {
+            hall.lines.touch_database(db);
+            hall.ties.forget_database(db);
+        });
+        set_timer(ctx);
+    }
+
+    fn databases_swapped(ctx: &Context, first: i32, second: i32) {
+        with(|hall| {
+            hall.lines.touch_database(Some(first));
+            hall.lines.touch_database(Some(second));
+            hall.ties.swap_databases(first, second);
+        });
+        set_timer(ctx);
+    }
+
+    fn disconnected(ctx: &Context, connection: u64) {
+        if with(|hall| hall.ties.owner_left(Owner::Connection(connection))) {
+            set_timer(ctx);
+        }
+    }
+}
+
+impl Pump {
+    /// Ends the leases whose owner has gone.
+    fn take_back(ctx: &Context, now_ms: i64) {
+        for _ in 0..WORK_A_TURN {
+            let Some(lease) = with(|hall| hall.ties.next_lost()) else { return };
+            let (Some(prefix), Some(key)) =
+                (OwnedStr::copy(&lease.prefix), OwnedStr::copy(&lease.key))
+            else {
+                return;
+            };
+            let (prefix, key) = (prefix.as_str(), key.as_str());
+            if !ctx.select_db(lease.db) || (ctx.is_clustered() && !ctx.serves(prefix)) {
+                continue;
+            }
+            let Ok(mut set) = SortedSet::open(ctx, prefix) else { continue };
+            // Another end is another lease: somebody wrote there without asking us.
+            if set.holds(key, lease.lapse_ms) {
+                limiter::release(&mut set, &[key], now_ms);
+                with(|hall| hall.lines.touch(lease.db, &lease.prefix));
+            }
+        }
+    }
+
+    /// Serves the lines that are due.
+    fn serve_due(ctx: &Context, now_ms: i64) {
+        for _ in 0..WORK_A_TURN {
+            let due = with(|hall| {
+                let line = hall.lines.next_due()?;
+                hall.lines.limiter(line).map(|(db, prefix)| (line, db, Box::from(prefix)))
+            });
+            let Some((line, db, prefix)) = due else { return };
+            let prefix: Box<[u8]> = prefix;
+            let Some(prefix) = OwnedStr::copy(&prefix) else { return };
+            if !ctx.select_db(db) {
+                continue;
+            }
+            if ctx.is_clustered() && !ctx.serves(prefix.as_str()) {
+                dismiss(line, Answer::Moved);
+                continue;
+            }
+            match SortedSet::open(ctx, prefix.as_str()) {
+                Ok(mut set) => grant(ctx, line, &mut set, now_ms),
+                Err(NotOpened::WrongType) => dismiss(line, Answer::WrongType),
+                Err(NotOpened::Frozen) => with(|hall| hall.lines.touch_line(line)),
+            };
+        }
+    }
+}
+
+/// Sets the timer again at the end of a ring, however it ends.
+struct RingEnd<'c>(&'c Context);
+
+impl Drop for RingEnd<'_> {
+    fn drop(&mut self) {
+        with(|hall| hall.rings = false);
+        set_timer(self.0);
+    }
+}
+
+lazy_static! {
+    static ref HALL: Mutex<Hall> = Mutex::default();
+}
+
+/// Works on the state. Nothing in `work` may call the server.
+fn with<R>(work: impl FnOnce(&mut Hall) -> R) -> R {
+    // A panic is contained at the border; what it left is no worse than any other moment's.
+    work(&mut HALL.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// All there is to remember.
+#[derive(Default)]
+struct Hall {
+    lines: Lines<Waiter>,
+    ties: Ties,
+    /// Everybody the server has blocked for us.
+    waiters: HashMap<BlockedClient, WaiterId>,
+    /// Those that were let go, and not replied yet.
+    decided: HashMap<WaiterId, Decided>,
+    /// Ties of leases whose holders were replied in this turn.
+    unproven: Vec<TieId>,
+    /// The timer that runs, and when it rings.
+    timer: Option<(Timer, i64)>,
+    rings: bool,
+    not_before_ms: i64,
+}
+
+/// Somebody in a line.
+#[derive(Clone)]
+struct Waiter {
+    client: BlockedClient,
+    connection: u64,
+    key: Box<[u8]>,
+    limit: u64,
+    ttl_ms: i64,
+    until: Until,
+}
+
+/// What will be replied.
+struct Decided {
+    client: BlockedClient,
+    connection: u64,
+    until: Until,
+    answer: Answer,
+    tie: Option<TieId>,
+}
+
+impl Hall {
+    /// When something is to be done; `i64::MIN` = now.
+    fn next_ms(&self) -> Option<i64> {
+        let at_once = self.ties.any_lost() || !self.unproven.is_empty();
+        let next_ms = if at_once { Some(i64::MIN) } else { self.lines.next_ms() };
+        next_ms.map(|ms| ms.max(self.not_before_ms))
+    }
+
+    fn decide(&mut self, id: WaiterId, waiter: &Waiter, answer: Answer, tie: Option<TieId>) {
+        let Waiter { client, connection, until, .. } = *waiter;
+        self.decided.insert(id, Decided { client, connection, until, answer, tie });
+    }
+
+    fn next_timed_out(&mut self, now_ms: i64) -> Option<(WaiterId, BlockedClient)> {
+        let (id, waiter) = self.lines.next_timed_out(now_ms)?;
+        self.decide(id, &waiter, Answer::TimedOut, None);
+        Some((id, waiter.client))
+    }
+
+    /// Takes the head, which was granted, out of its line.
+    fn note_grant(
+        &mut self,
+        id: WaiterId,
+        line: LineId,
+        waiter: &Waiter,
+        outcome: Outcome,
+        lapse_ms: i64,
+        now_ms: i64,
+    ) {
+        let Some((db, prefix)) = self.lines.limiter(line) else { return };
+        let lease = Lease { db, prefix: prefix.into(), key: waiter.key.clone(), lapse_ms };
+        // A lease that somebody held before and that was only refreshed is not the waiter's to
+        // lose, unless it asked for that.
+        let tie = if outcome == Outcome::Acquired || waiter.until != Until::Lapse {
+            Some(self.ties.tie(lease, Owner::Waiter(id), now_ms))
+        } else {
+            self.ties.cut(db, &lease.prefix, &lease.key);
+            None
+        };
+        self.lines.answered(id);
+        self.decide(id, waiter, Answer::Granted, tie);
+    }
+}

@@ -1,0 +1,599 @@
+//! BACQUIRE: who waits, in which order, what moves the line, and how a wait can end.
+//!
+//! The servers run with an AOF: what must not be written at a bad moment stops a server only then.
+
+mod harness;
+
+use std::time::Instant;
+
+use harness::{error_text, ints, strings, wait_until, Client, Server, AOF};
+use redis::Value;
+
+const ONE: Value = Value::Int(1);
+const ZERO: Value = Value::Int(0);
+
+fn start() -> Server {
+    Server::start_with(&AOF)
+}
+
+/// Nobody is blocked any more, the AOF gives the same set, and the server lives.
+fn check_at_the_end(mut server: Server) {
+    wait_until("nobody is blocked", || server.blocked() == 0);
+    let everything = |client: &mut Client| -> Vec<(String, Vec<(String, f64)>)> {
+        let mut keys = client.strings("KEYS *");
+        keys.sort();
+        keys.retain(|key| client.text(&format!("TYPE {key}")) == "zset");
+        keys.into_iter().map(|key| (key.clone(), client.members(&key))).collect()
+    };
+    let before = everything(&mut server.client());
+    server.kill_and_restart();
+    assert_eq!(everything(&mut server.client()), before, "the AOF tells another story");
+}
+
+#[test]
+fn a_free_slot_is_taken_at_once_and_a_taken_one_is_waited_for() {
+    let server = start();
+    let mut client = server.client();
+    assert_eq!(client.int("LIMITER.BACQUIRE p a 1 45 10"), 1);
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 10");
+    assert!(!waiter.has_reply());
+    assert_eq!(client.int("LIMITER.RELEASE p a"), 1);
+    assert_eq!(waiter.receive(), ONE);
+    assert_eq!(client.strings("LIMITER.HOLDERS p")[0], "b");
+    drop(waiter);
+    assert_eq!(client.int("LIMITER.COUNT p"), 1, "an ordinary lease outlives its connection");
+    check_at_the_end(server);
+}
+
+#[test]
+fn release_and_hand_off_travel_together() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    let before = server.effects().len();
+    client.int("LIMITER.RELEASE p a");
+    waiter.receive();
+    let names: Vec<String> =
+        server.effects()[before..].iter().map(|effect| effect[0].clone()).collect();
+    assert_eq!(names, ["MULTI", "ZREM", "ZADD", "PEXPIREAT", "EXEC"]);
+    check_at_the_end(server);
+}
+
+#[test]
+fn the_line_is_first_come_first_served() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p first 1 450");
+    let mut waiters: Vec<Client> =
+        (0..250).map(|n| server.waiter(&format!("LIMITER.BACQUIRE p w{n} 1 450 0"))).collect();
+    let mut holder = "first".to_string();
+    for (n, waiter) in waiters.iter_mut().enumerate() {
+        assert_eq!(client.int(&format!("LIMITER.RELEASE p {holder}")), 1);
+        assert_eq!(waiter.receive(), ONE, "waiter {n}");
+        holder = format!("w{n}");
+        assert_eq!(client.strings("LIMITER.HOLDERS p")[0], holder);
+        assert_eq!(server.blocked(), 249 - n, "one wake-up a slot");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn nobody_overtakes() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let mut first = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    let mut second = server.waiter("LIMITER.BACQUIRE p c 100 45 0");
+    assert!(!second.has_reply(), "a higher limit does not overtake");
+    assert_eq!(client.int("LIMITER.ACQUIRE p d 100 45"), 0, "nor does a plain ACQUIRE");
+    assert_eq!(client.int("LIMITER.ACQUIRE p a 1 45"), 1, "a holder takes no slot");
+    assert_eq!(client.int("LIMITER.BACQUIRE p a 1 45 0"), 1, "in neither way");
+    client.int("LIMITER.RELEASE p a");
+    assert_eq!(first.receive(), ONE);
+    assert_eq!(second.receive(), ONE, "its own limit is met behind the first");
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_head_whose_limit_is_not_met_blocks_those_behind_it() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 9 45");
+    let mut never = server.waiter("LIMITER.BACQUIRE p b 0 45 0");
+    let mut behind = server.waiter("LIMITER.BACQUIRE p c 9 45 0");
+    client.int("LIMITER.RELEASE p a");
+    assert!(!never.has_reply() && !behind.has_reply());
+    never.close();
+    assert_eq!(behind.receive(), ONE, "the head left, and the next can go at once");
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_newcomer_does_not_slip_in_at_the_instant_of_a_lapse_or_a_del() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    for (make_room, key) in [("DEL p", "x"), ("ZREM p w0", "y"), ("ZADD p 1 w1", "z")] {
+        let number = ["x", "y", "z"].iter().position(|name| *name == key).unwrap();
+        let mut waiter = server.waiter(&format!("LIMITER.BACQUIRE p w{number} 1 45 0"));
+        let barge = format!("LIMITER.ACQUIRE p {key} 1 45");
+        if number == 1 {
+            client.call("MULTI");
+            client.call(make_room);
+            client.call(&barge);
+            let Value::Array(replies) = client.call("EXEC") else { panic!("no replies") };
+            assert_eq!(replies[1], ZERO, "in a transaction");
+        } else {
+            client.send(&make_room.split(' ').collect::<Vec<_>>());
+            client.send(&barge.split(' ').collect::<Vec<_>>());
+            client.receive();
+            assert_eq!(client.receive(), ZERO, "in a pipeline, after {make_room}");
+        }
+        assert_eq!(waiter.receive(), ONE, "after {make_room}");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_lapse_moves_the_line_and_the_ttl_starts_at_the_grant() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 0.3");
+    let lapse_ms = (client.members("p")[0].1 * 1000.0).round() as i64;
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    assert_eq!(waiter.receive(), ONE);
+    let now_ms = client.now_ms();
+    assert!(now_ms >= lapse_ms, "not before the lapse");
+    let end_ms = (client.members("p")[0].1 * 1000.0).round() as i64;
+    assert!((lapse_ms + 45_000..=now_ms + 45_000).contains(&end_ms), "from the grant on");
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_renewal_moves_the_lapse_that_is_waited_for() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 0.2");
+    let first_ms = (client.members("p")[0].1 * 1000.0).round() as i64;
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    assert_eq!(client.int("LIMITER.RENEW p a 45"), 1, "longer");
+    client.wait_for_clock(first_ms + 20);
+    assert!(!waiter.has_reply());
+    assert_eq!(client.int("LIMITER.RENEW p a 0.05"), 1, "shorter");
+    assert_eq!(waiter.receive(), ONE);
+    check_at_the_end(server);
+}
+
+#[test]
+fn every_change_by_others_moves_the_line() {
+    let server = start();
+    let mut client = server.client();
+    client.run(&["FUNCTION", "LOAD", "#!lua name=lib\nredis.register_function('drop', function(keys) return redis.call('DEL', keys[1]) end)"]);
+    let rename_in = "RENAME q p";
+    for change in [
+        "DEL p",
+        "UNLINK p",
+        "ZREM p a",
+        "ZPOPMIN p",
+        "ZPOPMAX p",
+        "ZREMRANGEBYRANK p 0 -1",
+        "ZREMRANGEBYSCORE p -inf +inf",
+        "ZREMRANGEBYLEX p - +",
+        "ZADD p 1 a",
+        "RENAME p elsewhere",
+        rename_in,
+        "MOVE p 5",
+        "PEXPIRE p 1",
+        "EXPIREAT p 1",
+        "ZRANGESTORE p q 0 -1",
+        "ZUNIONSTORE p 1 q",
+        "COPY q p REPLACE",
+        "RESTORE",
+        "FLUSHDB",
+        "FLUSHALL",
+        "FLUSHALL ASYNC",
+        "FLUSHDB ASYNC",
+        "EVAL return(redis.call('DEL',KEYS[1])) 1 p",
+        "FCALL drop 1 p",
+        "SWAPDB 0 1",
+    ] {
+        client.call("FLUSHALL");
+        // q is another limiter whose one lease has lapsed.
+        client.int("ZADD q 1 lapsed");
+        assert_eq!(client.int("LIMITER.ACQUIRE p a 1 450"), 1);
+        let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
+        let reply = if change == "RESTORE" {
+            let Value::BulkString(dump) = client.call("DUMP q") else { panic!("no dump") };
+            client.run(&[b"RESTORE" as &[u8], b"p", b"0", &dump, b"REPLACE"])
+        } else {
+            client.call(change)
+        };
+        assert!(!matches!(reply, Value::ServerError(_)), "{change}: {reply:?}");
+        assert_eq!(waiter.receive(), ONE, "after {change}");
+        assert_eq!(client.strings("LIMITER.HOLDERS p")[0], "b", "after {change}");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_change_in_a_transaction_moves_the_line_after_it() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    let before = server.effects().len();
+    client.call("MULTI");
+    client.call("DEL p");
+    client.call("SET q v");
+    client.call("EXEC");
+    assert_eq!(waiter.receive(), ONE);
+    let names: Vec<String> =
+        server.effects()[before..].iter().map(|effect| effect[0].to_uppercase()).collect();
+    let place = |name: &str| names.iter().position(|other| other == name).expect(name);
+    assert!(place("DEL") < place("ZADD") && place("SET") < place("ZADD"), "{names:?}");
+    check_at_the_end(server);
+}
+
+#[test]
+fn eviction_moves_the_line() {
+    let server = start();
+    let mut client = server.client();
+    client.call("CONFIG SET maxmemory-policy allkeys-random");
+    client.int("LIMITER.ACQUIRE p a 1 450");
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
+    client.call("CONFIG SET maxmemory 1");
+    client.call("PING");
+    wait_until("the key is evicted", || {
+        client.call("SET x y"); // Refused or not, it makes the server evict.
+        client.info("stats", "evicted_keys") != "0"
+    });
+    client.call("CONFIG SET maxmemory 0");
+    assert_eq!(waiter.receive(), ONE, "though maxmemory was exceeded");
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_raised_limit_at_the_head_moves_the_line() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 9 45");
+    let low = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    let mut high = server.waiter("LIMITER.BACQUIRE p c 2 45 0");
+    low.close();
+    assert_eq!(high.receive(), ONE);
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_key_of_another_type_ends_the_wait() {
+    let server = start();
+    let mut client = server.client();
+    let wrong_type = "WRONGTYPE Operation against a key holding the wrong kind of value";
+    client.call("SET text v");
+    assert_eq!(client.error("LIMITER.BACQUIRE text b 1 45 0"), wrong_type);
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let mut waiters = [
+        server.waiter("LIMITER.BACQUIRE p b 1 45 0"),
+        server.waiter("LIMITER.BACQUIRE p c 9 45 9"),
+    ];
+    client.call("SET p v");
+    for waiter in &mut waiters {
+        assert_eq!(error_text(&waiter.receive()), wrong_type);
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_wait_times_out_in_time_and_leaves_nothing() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let started = Instant::now();
+    assert_eq!(client.int("LIMITER.BACQUIRE p b 1 45 0.2"), 0);
+    let waited = started.elapsed();
+    assert!(waited.as_millis() >= 200 && waited.as_millis() < 2_000, "{waited:?}");
+    assert_eq!(client.int("LIMITER.COUNT p"), 1);
+    client.int("LIMITER.RELEASE p a");
+    assert_eq!(client.int("LIMITER.COUNT p"), 0, "the one that timed out got nothing");
+
+    client.int("LIMITER.ACQUIRE p a 9 45");
+    let mut never = server.waiter("LIMITER.BACQUIRE p b 0 45 0.1");
+    let mut behind = server.waiter("LIMITER.BACQUIRE p c 2 45 0");
+    assert_eq!(never.receive(), ZERO);
+    assert_eq!(behind.receive(), ONE, "the head timed out, and the next can go at once");
+    check_at_the_end(server);
+}
+
+#[test]
+fn time_outs_that_are_none() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    for timeout in ["nan", "inf", "x", "1e3", "1.", "9223372036854775807", "99999999999999999999"] {
+        assert_eq!(
+            client.error(&format!("LIMITER.BACQUIRE p b 1 45 {timeout}")),
+            "ERR timeout is not a float or out of range",
+            "{timeout}"
+        );
+    }
+    for timeout in ["-1", "-0.5"] {
+        let command = format!("LIMITER.BACQUIRE p b 1 45 {timeout}");
+        assert_eq!(client.error(&command), "ERR timeout is negative", "{timeout}");
+    }
+    assert_eq!(
+        client.error("LIMITER.BACQUIRE p b x 45 0"),
+        "ERR limit is not an integer or out of range"
+    );
+    assert_eq!(
+        client.error("LIMITER.BACQUIRE p b 1 0 0"),
+        "ERR invalid expire time in 'limiter.bacquire' command"
+    );
+    assert_eq!(client.error("LIMITER.BACQUIRE p b 1 45 0 NX"), "ERR syntax error");
+    assert_eq!(client.error("LIMITER.BACQUIRE p b 1 45 0 EPHEMERAL EPHEMERAL"), "ERR syntax error");
+    // The largest there is: it waits, and no sum of times overflows.
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 9007199254740");
+    client.int("LIMITER.RELEASE p a");
+    assert_eq!(waiter.receive(), ONE);
+    check_at_the_end(server);
+}
+
+#[test]
+fn in_transactions_scripts_and_functions_it_answers_at_once() {
+    let server = start();
+    let mut client = server.client();
+    client.call("MULTI");
+    client.call("LIMITER.BACQUIRE p a 1 45 0");
+    client.call("LIMITER.BACQUIRE p b 1 45 0");
+    assert_eq!(client.call("EXEC"), ints(&[1, 0]));
+    let script = "return redis.call('LIMITER.BACQUIRE', KEYS[1], ARGV[1], 1, 45, 0)";
+    assert_eq!(client.run(&["EVAL", script, "1", "p", "b"]), ZERO);
+    assert_eq!(client.run(&["EVAL", script, "1", "p", "a"]), ONE);
+    client.run(&["FUNCTION", "LOAD", "#!lua name=lib\nredis.register_function('wait', function(keys, args) return redis.call('LIMITER.BACQUIRE', keys[1], args[1], 1, 45, 0) end)"]);
+    assert_eq!(client.int("FCALL wait 1 p b"), 0);
+    assert_eq!(client.int("FCALL wait 1 q b"), 1);
+    check_at_the_end(server);
+}
+
+#[test]
+fn the_same_key_waits_twice_and_takes_one_slot() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let mut first = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    let mut again = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
+    let mut other = server.waiter("LIMITER.BACQUIRE p c 1 45 0");
+    client.int("LIMITER.RELEASE p a");
+    assert_eq!(first.receive(), ONE);
+    assert_eq!(again.receive(), ONE, "it holds a lease when its turn comes");
+    assert!(!other.has_reply());
+    assert_eq!(client.int("LIMITER.COUNT p"), 1);
+    client.int("LIMITER.RELEASE p b");
+    assert_eq!(other.receive(), ONE);
+    check_at_the_end(server);
+}
+
+#[test]
+fn waiters_leave_in_every_way_before_the_grant() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let mut killed = server.client();
+    let id = killed.id();
+    killed.send(&["LIMITER.BACQUIRE", "p", "killed", "1", "45", "0"]);
+    wait_until("it waits", || server.blocked() == 1);
+    let closed = server.waiter("LIMITER.BACQUIRE p closed 1 45 0");
+    let mut stays = server.waiter("LIMITER.BACQUIRE p stays 1 45 0");
+    assert_eq!(client.int(&format!("CLIENT KILL ID {id}")), 1);
+    closed.close();
+    wait_until("two have left", || server.blocked() == 1);
+    client.int("LIMITER.RELEASE p a");
+    assert_eq!(stays.receive(), ONE);
+    assert_eq!(client.strings("ZRANGE p 0 -1"), ["stays"]);
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_waiter_that_goes_in_the_turn_of_its_grant_loses_the_lease_to_the_next() {
+    let server = start();
+    let mut client = server.client();
+    for round in 0..60 {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 1 450");
+        let mut going = server.client();
+        let id = going.id();
+        going.send(&["LIMITER.BACQUIRE", "p", "going", "1", "450", "0"]);
+        wait_until("it waits", || server.blocked() == 1);
+        let mut next = server.waiter("LIMITER.BACQUIRE p next 1 450 0");
+        let release = "LIMITER.RELEASE p a";
+        match round % 3 {
+            0 => {
+                // Granted and killed in one pipeline, so in one turn of the event loop.
+                client.send_raw(format!("{release}\r\nCLIENT KILL ID {id}\r\n").as_bytes());
+                assert_eq!((client.receive(), client.receive()), (ONE, ONE));
+            }
+            1 => {
+                client.send_raw(format!("CLIENT KILL ID {id}\r\n{release}\r\n").as_bytes());
+                assert_eq!((client.receive(), client.receive()), (ONE, ONE));
+            }
+            _ => {
+                // The server finds both in one look at its sockets: it sleeps meanwhile.
+                let mut busy = server.client();
+                busy.send(&["DEBUG", "SLEEP", "0.02"]);
+                going.close();
+                client.send(&release.split(' ').collect::<Vec<_>>());
+                assert_eq!(client.receive(), ONE);
+            }
+        }
+        assert_eq!(next.receive(), ONE, "round {round}");
+        assert_eq!(client.strings("ZRANGE p 0 -1"), ["next"], "round {round}");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_lease_taken_over_in_the_turn_its_waiter_goes_stays() {
+    let server = start();
+    let mut client = server.client();
+    for _ in 0..20 {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 1 450");
+        let mut going = server.client();
+        let id = going.id();
+        going.send(&["LIMITER.BACQUIRE", "p", "k", "1", "450", "0"]);
+        wait_until("it waits", || server.blocked() == 1);
+        // Granted, its client killed, and the same key acquired by us: all in one turn, mostly in
+        // one millisecond, so to the same score.
+        client.send_raw(
+            format!("LIMITER.RELEASE p a\r\nCLIENT KILL ID {id}\r\nLIMITER.ACQUIRE p k 1 450\r\n")
+                .as_bytes(),
+        );
+        assert_eq!([client.receive(), client.receive(), client.receive()], [ONE, ONE, ONE]);
+        wait_until("it is gone", || server.blocked() == 0);
+        client.call("PING");
+        assert_eq!(client.int("LIMITER.COUNT p"), 1, "what was acknowledged is not taken back");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_grant_and_a_deadline_in_one_turn_give_one_reply() {
+    let server = start();
+    let mut client = server.client();
+    let mut granted = 0;
+    for round in 0..40 {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 1 450");
+        let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 450 0.05");
+        // The server sleeps past the deadline, and finds the release when it wakes.
+        let mut busy = server.client();
+        busy.send(&["DEBUG", "SLEEP", "0.06"]);
+        if round % 2 == 0 {
+            client.send(&["LIMITER.RELEASE", "p", "a"]);
+            client.receive();
+        }
+        let reply = waiter.receive();
+        busy.receive();
+        let holds = client.strings("LIMITER.HOLDERS p").iter().any(|key| key == "b");
+        assert_eq!(holds, reply == ONE, "a lease exists if and only if the reply was 1");
+        assert!(!waiter.has_reply(), "one reply");
+        granted += i32::from(holds);
+    }
+    println!("{granted} of 20 that could be granted were");
+    check_at_the_end(server);
+}
+
+#[test]
+fn client_unblock_works_where_the_server_does_it_safely() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    // Redis 7.4 and later, Valkey 8 and later.
+    let version = |field| -> Option<Vec<u32>> {
+        let info = server.client().text("INFO server");
+        let line = info.lines().find(|line| line.starts_with(field))?.to_string();
+        let digits = line.split(':').nth(1)?.trim().split('.').map(|part| part.parse().unwrap());
+        Some(digits.collect())
+    };
+    let safe = version("valkey_version:").map_or_else(
+        || version("redis_version:").is_some_and(|redis| redis >= vec![7, 4]),
+        |valkey| valkey >= vec![8],
+    );
+    for (how, expected) in
+        [("", "0"), ("TIMEOUT", "0"), ("ERROR", "UNBLOCKED client unblocked via CLIENT UNBLOCK")]
+    {
+        let mut waiter = server.client();
+        let id = waiter.id();
+        waiter.send(&["LIMITER.BACQUIRE", "p", "b", "1", "45", "0"]);
+        wait_until("it waits", || server.blocked() == 1);
+        assert_eq!(client.int(&format!("CLIENT UNBLOCK {id} {how}")), i64::from(safe));
+        if safe {
+            match waiter.receive() {
+                Value::Int(integer) => assert_eq!(integer.to_string(), expected),
+                error => assert_eq!(error_text(&error), expected),
+            }
+            assert_eq!(waiter.call("PING"), harness::text("PONG"), "it is still connected");
+        } else {
+            assert!(!waiter.has_reply(), "it waits on");
+        }
+        waiter.close();
+        wait_until("nobody waits", || server.blocked() == 0);
+    }
+    // Granted and unblocked in one turn: the reply is one of the two, and the lease follows it.
+    for round in 0..20 {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 1 45");
+        let mut waiter = server.client();
+        let id = waiter.id();
+        waiter.send(&["LIMITER.BACQUIRE", "p", "b", "1", "45", "0"]);
+        wait_until("it waits", || server.blocked() == 1);
+        let how = ["TIMEOUT", "ERROR"][round % 2];
+        client.send_raw(format!("LIMITER.RELEASE p a\r\nCLIENT UNBLOCK {id} {how}\r\n").as_bytes());
+        client.receive();
+        client.receive();
+        let granted = waiter.receive() == ONE;
+        wait_until("lease and reply agree", || client.int("LIMITER.COUNT p") == i64::from(granted));
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn withstate_tells_who_waits() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 45");
+    let waiters: Vec<Client> =
+        (0..3).map(|n| server.waiter(&format!("LIMITER.BACQUIRE p w{n} 1 45 0"))).collect();
+    let state = strings(&client.call("LIMITER.ACQUIRE p x 1 45 WITHSTATE"));
+    assert_eq!((state[0].as_str(), state[1].as_str(), state[3].as_str()), ("0", "1", "3"));
+    let state = strings(&client.call("LIMITER.ACQUIRE p a 1 45 WITHSTATE"));
+    assert_eq!((state[0].as_str(), state[3].as_str()), ("2", "3"));
+    drop(waiters);
+    wait_until("nobody waits", || server.blocked() == 0);
+    let state = strings(&client.call("LIMITER.ACQUIRE p x 1 45 WITHSTATE"));
+    assert_eq!(state[3], "0");
+}
+
+#[test]
+fn lines_of_several_databases_are_apart_and_stay_where_they_are_in_a_swap() {
+    let server = start();
+    let (mut zero, mut one) = (server.client(), server.client());
+    one.call("SELECT 1");
+    zero.int("LIMITER.ACQUIRE p a 1 45");
+    one.int("LIMITER.ACQUIRE p b 1 45");
+    let mut on_zero = server.waiter("LIMITER.BACQUIRE p c 1 45 0");
+    let mut on_one = server.client();
+    on_one.call("SELECT 1");
+    on_one.send(&["LIMITER.BACQUIRE", "p", "d", "1", "45", "0"]);
+    wait_until("both wait", || server.blocked() == 2);
+    zero.call("SWAPDB 0 1");
+    assert_eq!(zero.strings("LIMITER.HOLDERS p")[0], "b", "the leases have changed places");
+    zero.int("LIMITER.RELEASE p b");
+    assert_eq!(on_zero.receive(), ONE, "the waiter waits for its database's number");
+    assert!(!on_one.has_reply());
+    one.int("LIMITER.RELEASE p a");
+    assert_eq!(on_one.receive(), ONE);
+    check_at_the_end(server);
+}
+
+#[test]
+fn five_thousand_waiters_cost_a_release_no_more_and_leave_at_once() {
+    let server = Server::start_with(&["--maxclients", "6000"]);
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 4500");
+    let mut waiters: Vec<Client> = (0..3_000).map(|_| server.client()).collect();
+    for (n, waiter) in waiters.iter_mut().enumerate() {
+        waiter.send(&["LIMITER.BACQUIRE", "p", &n.to_string(), "1", "4500", "60"]);
+    }
+    wait_until("all wait", || server.blocked() == 3_000);
+    let memory =
+        |client: &mut Client| -> i64 { client.info("memory", "used_memory").parse().unwrap() };
+    let before = memory(&mut client);
+    assert_eq!(client.int("LIMITER.RELEASE p a"), 1);
+    wait_until("one was woken", || server.blocked() == 2_999);
+    drop(waiters);
+    wait_until("all have left", || server.blocked() == 0);
+    assert!(client.int("LIMITER.COUNT p") <= 1);
+    assert_eq!(client.call("FLUSHALL"), Value::Okay);
+    assert!(memory(&mut client) < before, "their memory came back");
+}
