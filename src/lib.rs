@@ -78,6 +78,7 @@ fn load(ctx: &Context, args: &[RedisString]) -> Result<(), String> {
         return Err("it takes no arguments".into());
     }
     let module = ffi::Module::load(ctx)?;
+    waiters::reset();
     module.listen::<waiters::Pump>()?;
     module.register::<commands::Acquire>()?;
     module.register::<commands::Bacquire>()?;

@@ -25,7 +25,8 @@ use std::sync::{Mutex, PoisonError};
 use lazy_static::lazy_static;
 
 use crate::ffi::{
-    BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, SortedSet, Str, Timer,
+    listen_to_turns, BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, SortedSet,
+    Str, Timer,
 };
 use crate::limiter::{self, Leases, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
@@ -95,6 +96,12 @@ pub enum Answer {
     Moved,
 }
 
+/// Forgets everything, when the module loads: the library may have stayed in memory since it was
+/// unloaded, while the server has forgotten what it was to tell us.
+pub fn reset() {
+    with(|hall| *hall = Hall::default());
+}
+
 /// Takes a slot now, or not at all. While clients wait in line only a holder gets its lease
 /// refreshed.
 ///
@@ -138,6 +145,9 @@ pub fn acquire_or_wait<B: Blocking>(
         ttl_ms: ask.ttl_ms,
         until: ask.until,
     };
+    if !with(|hall| std::mem::replace(&mut hall.hears_turns, true)) {
+        listen_to_turns::<Pump>(ctx);
+    }
     let next_look_ms = next_look_ms(ctx, &set, now_ms);
     with(|hall| {
         let (id, line) = hall.lines.join(ctx.db(), ask.prefix.bytes(), deadline_ms, waiter);
@@ -193,22 +203,19 @@ pub fn renew(
 }
 
 /// The answer to a waiter that was let go, for its reply; `None` if it is not known.
-pub fn reply(ctx: &Context, id: WaiterId) -> Option<Answer> {
-    let answer = with(|hall| {
+pub fn reply(id: WaiterId) -> Option<Answer> {
+    with(|hall| {
         let decided = hall.decided.remove(&id)?;
         hall.waiters.remove(&decided.client);
         if let Some(tie) = decided.tie {
-            // The client may be closed already and the server not know, or not have said. What it
-            // does in this turn it has said before the pump runs the next time.
+            // The reply is not written yet, and cannot be if the client is being closed.
             hall.ties.hand_over(tie, Owner::Connection(decided.connection));
             if decided.until == Until::Lapse {
                 hall.unproven.push(tie);
             }
         }
         Some(decided.answer)
-    });
-    set_timer(ctx);
-    answer
+    })
 }
 
 /// A waiter's client is gone: before it was let go, or after.
@@ -349,11 +356,6 @@ impl Listener for Pump {
         });
         let _end = RingEnd(ctx);
         let now_ms = ctx.now_ms();
-        // Their clients have had a turn to turn out to be gone.
-        with(|hall| {
-            let unproven = std::mem::take(&mut hall.unproven);
-            unproven.into_iter().for_each(|tie| hall.ties.cut_unless_lost(tie));
-        });
         while let Some((id, client)) = with(|hall| hall.next_timed_out(now_ms)) {
             client.let_go(id);
         }
@@ -399,6 +401,14 @@ impl Listener for Pump {
         if with(|hall| hall.ties.owner_left(Owner::Connection(connection))) {
             set_timer(ctx);
         }
+    }
+
+    fn turned() {
+        with(|hall| {
+            for tie in std::mem::take(&mut hall.unproven) {
+                hall.ties.cut_unless_lost(tie);
+            }
+        });
     }
 }
 
@@ -480,8 +490,9 @@ struct Hall {
     waiters: HashMap<BlockedClient, WaiterId>,
     /// Those that were let go, and not replied yet.
     decided: HashMap<WaiterId, Decided>,
-    /// Ties of leases whose holders were replied in this turn.
+    /// Ties of leases whose holders are replied in this turn of the event loop.
     unproven: Vec<TieId>,
+    hears_turns: bool,
     /// The timer that runs, and when it rings.
     timer: Option<(Timer, i64)>,
     rings: bool,
@@ -511,8 +522,7 @@ struct Decided {
 impl Hall {
     /// When something is to be done; `i64::MIN` = now.
     fn next_ms(&self) -> Option<i64> {
-        let at_once = self.ties.any_lost() || !self.unproven.is_empty();
-        let next_ms = if at_once { Some(i64::MIN) } else { self.lines.next_ms() };
+        let next_ms = if self.ties.any_lost() { Some(i64::MIN) } else { self.lines.next_ms() };
         next_ms.map(|ms| ms.max(self.not_before_ms))
     }
 

@@ -83,8 +83,8 @@ impl Command for Bacquire {
 }
 
 impl Blocking for Bacquire {
-    fn reply(ctx: &Context, number: u64) -> CommandResult {
-        match waiters::reply(ctx, number) {
+    fn reply(_ctx: &Context, number: u64) -> CommandResult {
+        match waiters::reply(number) {
             Some(Answer::Granted) => Ok(Reply::Integer(1)),
             Some(Answer::TimedOut) | None => Ok(Reply::Integer(0)),
             Some(Answer::WrongType) => Err(errors::WRONG_TYPE),

@@ -25,6 +25,20 @@ pub trait Listener {
     fn databases_swapped(ctx: &Context, first: i32, second: i32);
     /// A connection was closed.
     fn disconnected(ctx: &Context, connection: u64);
+    /// The server has slept, and now looks what its clients have sent: all replies of the turn
+    /// before are on their way, and the clients that could not get theirs are closed. Only told
+    /// after [`listen_to_turns`].
+    fn turned();
+}
+
+/// Starts to tell of every turn of the event loop. That costs each turn a little, so it is not for
+/// servers that never need it.
+pub fn listen_to_turns<L: Listener>(ctx: &Context) {
+    let turn = server_event(raw::REDISMODULE_EVENT_EVENTLOOP);
+    // SAFETY: the context is valid, and the callback of the type asked for.
+    unsafe {
+        api!(RedisModule_SubscribeToServerEvent(ctx.as_ptr(), turn, Some(turned::<L>)));
+    }
 }
 
 /// A timer that runs.
@@ -152,4 +166,19 @@ unsafe extern "C" fn client_changed<L: Listener>(
         unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleClientInfoV1>().as_ref()) };
     let Some(info) = info else { return };
     contained(&ctx, || L::disconnected(&ctx, info.id));
+}
+
+/// # Safety
+/// Only the server calls it, with a valid context.
+unsafe extern "C" fn turned<L: Listener>(
+    ctx: *mut RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    when: u64,
+    _data: *mut c_void,
+) {
+    if when == raw::REDISMODULE_SUBEVENT_EVENTLOOP_AFTER_SLEEP {
+        // SAFETY: the server's context of the call at hand.
+        let ctx = unsafe { Context::new(ctx) };
+        contained(&ctx, L::turned);
+    }
 }

@@ -314,7 +314,10 @@ impl Leases for SortedSet<'_> {
     }
 
     fn expiry_ms(&self) -> Option<i64> {
-        // SAFETY: the handle is open.
+        if self.count() == 0 {
+            return None; // Redis 8.2 looks into the value without asking whether there is one.
+        }
+        // SAFETY: the handle is open, on a value.
         let expiry_ms = unsafe { api!(RedisModule_GetAbsExpire(self.handle())) };
         (expiry_ms != NO_EXPIRY_MS).then_some(expiry_ms)
     }
