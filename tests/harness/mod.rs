@@ -334,6 +334,13 @@ impl Client {
         flat.chunks(2).map(pair).collect()
     }
 
+    /// What sends bytes on this connection from another thread, so that both ends of a long
+    /// pipeline keep moving.
+    pub fn second_handle(&self) -> impl FnMut(&[u8]) + Send + 'static {
+        let mut stream = self.stream.try_clone().expect("a second handle");
+        move |bytes| stream.write_all(bytes).expect("to send")
+    }
+
     pub fn close(self) {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
