@@ -50,8 +50,11 @@ impl Context {
     /// The id of the connection that sent the command; `None` in a script, which has none.
     #[must_use]
     pub fn connection(&self) -> Option<u64> {
+        if self.has_flag(raw::REDISMODULE_CTX_FLAGS_LUA) {
+            return None;
+        }
         // SAFETY: the context is valid during the call; null asks only whether there is such a
-        // client. A script's client has an id as well, but is in no list of clients.
+        // client. Called by another module the id is that of a client in no list of clients.
         unsafe {
             let id = api!(RedisModule_GetClientId(self.raw));
             let status = api!(RedisModule_GetClientInfoById(std::ptr::null_mut(), id));
