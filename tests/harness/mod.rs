@@ -241,18 +241,28 @@ impl Client {
         self.send_raw(&packed(args));
     }
 
+    pub fn try_send<A: AsRef<[u8]>>(&mut self, args: &[A]) -> std::io::Result<()> {
+        self.stream.write_all(&packed(args))
+    }
+
     pub fn send_raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("to send");
     }
 
     /// The next reply.
     pub fn receive(&mut self) -> Value {
-        self.parser.parse_value(&mut self.stream).expect("a reply")
+        self.try_receive().expect("a reply")
     }
 
+    /// The next reply, or why there is none.
+    pub fn try_receive(&mut self) -> redis::RedisResult<Value> {
+        self.parser.parse_value(&mut self.stream)
+    }
+
+    /// Sends a command and returns its reply, or why there is none.
     pub fn try_run<A: AsRef<[u8]>>(&mut self, args: &[A]) -> redis::RedisResult<Value> {
         self.stream.write_all(&packed(args))?;
-        self.parser.parse_value(&mut self.stream)
+        self.try_receive()
     }
 
     /// Sends a command and returns its reply, an error too.
