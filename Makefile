@@ -16,8 +16,9 @@ build: setup ## Build the module: target/release/libredis_limiter.so
 run: build ## Start a server with the module in the foreground (PORT=7000 chooses the port)
 	@scripts/run
 
+# Some tests hold thousands of connections.
 test: setup ## Run every test (REDIS_SERVER=/path/to/server tests on another server)
-	cargo test --locked
+	ulimit -n "$$(ulimit -Hn)" && cargo test --locked
 
 test-servers: setup ## Run every test on each server that can be installed here
 	@scripts/setup --servers
