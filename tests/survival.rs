@@ -69,6 +69,23 @@ fn during_a_pause_nothing_is_granted_and_the_line_moves_on_after_it() {
 }
 
 #[test]
+fn a_release_in_a_transaction_that_pauses_grants_after_the_pause() {
+    let (server, replica) = pair();
+    let mut admin = server.client();
+    admin.int("LIMITER.ACQUIRE p a 1 450");
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
+    let paused_ms = admin.now_ms();
+    admin.call("MULTI");
+    admin.call("CLIENT PAUSE 300 WRITE");
+    admin.call("LIMITER.RELEASE p a");
+    let Value::Array(replies) = admin.call("EXEC") else { panic!("no replies") };
+    assert_eq!(replies[1], ONE);
+    assert_eq!(waiter.receive(), ONE);
+    assert!(admin.now_ms() >= paused_ms + 300, "it was granted during the pause");
+    check_replica(&server, &replica);
+}
+
+#[test]
 fn a_failover_ends_the_waits_with_an_error_and_the_new_master_goes_on() {
     let server = Server::start_with(&AOF);
     let port = server.port.to_string();
