@@ -468,6 +468,34 @@ fn a_waiter_that_goes_in_the_turn_of_its_grant_loses_the_lease_to_the_next() {
 }
 
 #[test]
+fn a_lease_whose_reply_cannot_be_written_goes_to_the_next() {
+    let server = start();
+    let mut client = server.client();
+    for round in 0..10 {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 1 450");
+        let going = server.waiter("LIMITER.BACQUIRE p going 1 450 0");
+        let mut next = server.waiter("LIMITER.BACQUIRE p next 1 450 0");
+        // It is granted, and the turn goes on long enough for the connection to be reset.
+        client.send_raw(b"LIMITER.RELEASE p a\r\nDEBUG SLEEP 0.2\r\n");
+        let mut probe = server.client();
+        wait_until("the server sleeps", || {
+            probe.send(&["PING"]);
+            let answers = probe.has_reply();
+            if answers {
+                probe.receive();
+            }
+            !answers
+        });
+        going.abort();
+        assert_eq!((client.receive(), client.receive()), (ONE, Value::Okay));
+        assert_eq!(next.receive(), ONE, "round {round}");
+        assert_eq!(client.strings("ZRANGE p 0 -1"), ["next"], "round {round}");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
 fn a_lease_taken_over_in_the_turn_its_waiter_goes_stays() {
     let server = start();
     let mut client = server.client();

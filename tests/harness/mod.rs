@@ -351,6 +351,12 @@ impl Client {
         move |bytes| stream.write_all(bytes).expect("to send")
     }
 
+    /// Closes the connection so that the server's next write to it fails.
+    pub fn abort(self) {
+        let linger = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+        linger.expect("to set it to be reset");
+    }
+
     pub fn close(self) {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
