@@ -25,7 +25,7 @@ use std::sync::{Mutex, PoisonError};
 use lazy_static::lazy_static;
 
 use crate::ffi::{
-    listen_to_turns, BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, SortedSet,
+    listen_for_waiters, BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, SortedSet,
     Str, Timer,
 };
 use crate::limiter::{self, Leases, Outcome, Reacquire};
@@ -145,8 +145,8 @@ pub fn acquire_or_wait<B: Blocking>(
         ttl_ms: ask.ttl_ms,
         until: ask.until,
     };
-    if !with(|hall| std::mem::replace(&mut hall.hears_turns, true)) {
-        listen_to_turns::<Pump>(ctx);
+    if !with(|hall| std::mem::replace(&mut hall.listens, true)) {
+        listen_for_waiters::<Pump>(ctx);
     }
     let next_look_ms = next_look_ms(ctx, &set, now_ms);
     with(|hall| {
@@ -492,7 +492,7 @@ struct Hall {
     decided: HashMap<WaiterId, Decided>,
     /// Ties of leases whose holders are replied in this turn of the event loop.
     unproven: Vec<TieId>,
-    hears_turns: bool,
+    listens: bool,
     /// The timer that runs, and when it rings.
     timer: Option<(Timer, i64)>,
     rings: bool,

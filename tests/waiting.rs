@@ -252,6 +252,18 @@ fn every_change_by_others_moves_the_line() {
 }
 
 #[test]
+fn the_sets_own_expiry_moves_the_line_when_nothing_else_looks_at_it() {
+    let server = start();
+    let mut client = server.client();
+    client.call("DEBUG SET-ACTIVE-EXPIRE 0");
+    client.int("LIMITER.ACQUIRE p a 1 450");
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
+    client.int("PEXPIRE p 50");
+    assert_eq!(waiter.receive(), ONE);
+    check_at_the_end(server);
+}
+
+#[test]
 fn a_change_in_a_transaction_moves_the_line_after_it() {
     let server = start();
     let mut client = server.client();

@@ -17,7 +17,8 @@ pub trait Listener {
     /// The timer of [`Timer::start`] has run out. Writing is allowed, if the server may
     /// ([`Context::may_write_unasked`]).
     fn ring(ctx: &Context);
-    /// Somebody else's command, or the server, changed this key.
+    /// Somebody else's command, or the server, changed this key. Only told after
+    /// [`listen_for_waiters`].
     fn key_changed(ctx: &Context, key: &[u8]);
     /// A database was emptied (`None`: all were).
     fn database_flushed(ctx: &Context, db: Option<i32>);
@@ -27,16 +28,21 @@ pub trait Listener {
     fn disconnected(ctx: &Context, connection: u64);
     /// The server has slept, and now looks what its clients have sent: all replies of the turn
     /// before are on their way, and the clients that could not get theirs are closed. Only told
-    /// after [`listen_to_turns`].
+    /// after [`listen_for_waiters`].
     fn turned();
 }
 
-/// Starts to tell of every turn of the event loop. That costs each turn a little, so it is not for
-/// servers that never need it.
-pub fn listen_to_turns<L: Listener>(ctx: &Context) {
+/// Starts to tell of changed keys and of turns, until the module is unloaded. That costs every
+/// command that writes and every turn a little, so it is not for servers where nobody ever waits.
+pub fn listen_for_waiters<L: Listener>(ctx: &Context) {
     let turn = server_event(raw::REDISMODULE_EVENT_EVENTLOOP);
-    // SAFETY: the context is valid, and the callback of the type asked for.
+    // SAFETY: the context is valid, and the callbacks are of the types asked for.
     unsafe {
+        api!(RedisModule_SubscribeToKeyspaceEvents(
+            ctx.as_ptr(),
+            raw::REDISMODULE_NOTIFY_ALL,
+            Some(key_changed::<L>)
+        ));
         api!(RedisModule_SubscribeToServerEvent(ctx.as_ptr(), turn, Some(turned::<L>)));
     }
 }
@@ -74,12 +80,7 @@ pub(super) fn listen<L: Listener>(ctx: *mut RedisModuleCtx) -> Result<(), String
     let client = server_event(raw::REDISMODULE_EVENT_CLIENT_CHANGE);
     // SAFETY: the context is that of the load, and the callbacks are of the types asked for.
     let subscribed = unsafe {
-        api!(RedisModule_SubscribeToKeyspaceEvents(
-            ctx,
-            raw::REDISMODULE_NOTIFY_ALL,
-            Some(key_changed::<L>)
-        )) == ok
-            && api!(RedisModule_SubscribeToServerEvent(ctx, flush, Some(flushed::<L>))) == ok
+        api!(RedisModule_SubscribeToServerEvent(ctx, flush, Some(flushed::<L>))) == ok
             && api!(RedisModule_SubscribeToServerEvent(ctx, swap, Some(swapped::<L>))) == ok
             && api!(RedisModule_SubscribeToServerEvent(ctx, client, Some(client_changed::<L>)))
                 == ok
