@@ -5,12 +5,14 @@
 //! a lease granted to a client that is gone is taken back. What always holds:
 //!
 //! - A lease (database, prefix, key) has one tie at most; a new one takes the old one's place.
+//! - A tie may have several owners (two waiters with the same key, granted one lease): the lease is
+//!   lost when the last of them has gone.
 //! - A tie means one lease and no later one of the same key: whoever takes, refreshes or releases
 //!   the lease by another right cuts the tie ([`Ties::cut`]), also after its owner has gone and
 //!   before the lease was taken back. A tie is a number that is never used twice, so even a lease
 //!   of the same key with the same score is another.
-//! - A tie whose lease has lapsed is forgotten when the next one is made, so that the table is no
-//!   larger than the leases that were live then.
+//! - A tie whose lease has lapsed is forgotten when the next one is made. So the table holds no
+//!   more than the leases that were taken, not given back to us, and would still be live.
 //!
 //! Everything is O(log N), but for [`Ties::swap_databases`].
 
@@ -48,7 +50,8 @@ pub struct Ties {
     by_lease: HashMap<i32, HashMap<Box<[u8]>, Holders>>,
     by_owner: BTreeSet<(Owner, TieId)>,
     by_lapse: BTreeSet<(i64, TieId)>,
-    lost: BTreeSet<TieId>,
+    /// With the time from which on the lease can be taken back.
+    lost: BTreeSet<(i64, TieId)>,
     last_id: TieId,
 }
 
@@ -57,7 +60,8 @@ type Holders = HashMap<Box<[u8]>, TieId>;
 
 struct Tie {
     lease: Lease,
-    owner: Option<Owner>, // None: it has gone, and the lease is to be taken back.
+    owners: Vec<Owner>, // Empty: all have gone, and the lease is to be taken back.
+    take_back_ms: i64,
 }
 
 impl Ties {
@@ -67,10 +71,10 @@ impl Ties {
         self.ties.is_empty()
     }
 
-    /// Whether leases are to be taken back.
+    /// When a lease is to be taken back next; `i64::MIN` = now.
     #[must_use]
-    pub fn any_lost(&self) -> bool {
-        !self.lost.is_empty()
+    pub fn next_lost_ms(&self) -> Option<i64> {
+        self.lost.first().map(|(take_back_ms, _)| *take_back_ms)
     }
 
     /// Ties a lease to an owner, in place of any other tie it has.
@@ -82,8 +86,29 @@ impl Ties {
         self.by_owner.insert((owner, id));
         self.by_lapse.insert((lease.lapse_ms, id));
         self.index(&lease, id);
-        self.ties.insert(id, Tie { lease, owner: Some(owner) });
+        self.ties.insert(id, Tie { lease, owners: vec![owner], take_back_ms: i64::MIN });
         id
+    }
+
+    /// One more waiter was granted the lease: it shares the tie, if nobody was told yet that the
+    /// lease is theirs; else the tie is cut.
+    pub fn share_or_cut(
+        &mut self,
+        db: i32,
+        prefix: &[u8],
+        key: &[u8],
+        waiter: Owner,
+    ) -> Option<TieId> {
+        let id = self.find(db, prefix, key)?;
+        let tie = self.ties.get_mut(&id)?;
+        if tie.owners.iter().any(|owner| matches!(owner, Owner::Connection(_))) {
+            self.remove(id);
+            return None;
+        }
+        self.lost.remove(&(tie.take_back_ms, id));
+        tie.owners.push(waiter);
+        self.by_owner.insert((waiter, id));
+        Some(id)
     }
 
     /// The lease no longer ends with anybody: it was released, or taken by another right.
@@ -96,7 +121,7 @@ impl Ties {
     /// The same by the tie's name, unless its owner has gone: then the lease is still to be taken
     /// back.
     pub fn cut_unless_lost(&mut self, id: TieId) {
-        if !self.lost.contains(&id) {
+        if self.ties.get(&id).is_some_and(|tie| !tie.owners.is_empty()) {
             self.remove(id);
         }
     }
@@ -110,36 +135,62 @@ impl Ties {
         self.by_lapse.insert((lapse_ms, id));
     }
 
-    /// From now on the tie is to another owner.
-    pub fn hand_over(&mut self, id: TieId, owner: Owner) {
+    /// From now on the tie is to `to` instead of `from`, if it is to `from` at all.
+    pub fn hand_over(&mut self, id: TieId, from: Owner, to: Owner) {
         let Some(tie) = self.ties.get_mut(&id) else { return };
-        if let Some(old) = tie.owner.replace(owner) {
-            self.by_owner.remove(&(old, id));
-            self.by_owner.insert((owner, id));
-        } else {
-            tie.owner = None; // Lost already.
+        if let Some(owner) = tie.owners.iter_mut().find(|owner| **owner == from) {
+            *owner = to;
+            self.by_owner.remove(&(from, id));
+            self.by_owner.insert((to, id));
         }
     }
 
-    /// The owner has gone: its leases are to be taken back. Whether it had any.
+    /// The owner has gone: the leases that were tied to it alone are to be taken back. Whether
+    /// there are any.
     pub fn owner_left(&mut self, owner: Owner) -> bool {
         let mut any = false;
         while let Some((_, id)) = self.by_owner.range((owner, 0)..=(owner, TieId::MAX)).next() {
             let id = *id;
             self.by_owner.remove(&(owner, id));
             if let Some(tie) = self.ties.get_mut(&id) {
-                tie.owner = None;
-                self.lost.insert(id);
-                any = true;
+                tie.owners.retain(|other| *other != owner);
+                if tie.owners.is_empty() {
+                    self.lost.insert((tie.take_back_ms, id));
+                    any = true;
+                }
             }
         }
         any
     }
 
-    /// Takes one lease that is to be taken back.
-    pub fn next_lost(&mut self) -> Option<Lease> {
-        let id = *self.lost.first()?;
-        self.remove(id).map(|tie| tie.lease)
+    /// A lease that is to be taken back at `now_ms`. It stays so until it is [cut](Self::cut_tie)
+    /// or [postponed](Self::postpone).
+    #[must_use]
+    pub fn next_lost(&self, now_ms: i64) -> Option<(TieId, Lease)> {
+        let (take_back_ms, id) = self.lost.first()?;
+        let tie = self.ties.get(id).filter(|_| *take_back_ms <= now_ms)?;
+        Some((*id, tie.lease.clone()))
+    }
+
+    /// The tie ends: the lease was taken back.
+    pub fn cut_tie(&mut self, id: TieId) {
+        self.remove(id);
+    }
+
+    /// The lease cannot be taken back before that time.
+    pub fn postpone(&mut self, id: TieId, take_back_ms: i64) {
+        let Some(tie) = self.ties.get_mut(&id) else { return };
+        if self.lost.remove(&(tie.take_back_ms, id)) {
+            tie.take_back_ms = take_back_ms;
+            self.lost.insert((take_back_ms, id));
+        }
+    }
+
+    /// Gives up all that is to be taken back.
+    pub fn forget_lost(&mut self) {
+        while let Some((_, id)) = self.lost.pop_first() {
+            self.remove(id);
+        }
     }
 
     /// Two databases change places, their leases with them.
@@ -187,9 +238,9 @@ impl Ties {
     fn remove(&mut self, id: TieId) -> Option<Tie> {
         let tie = self.ties.remove(&id)?;
         self.by_lapse.remove(&(tie.lease.lapse_ms, id));
-        self.lost.remove(&id);
-        if let Some(owner) = tie.owner {
-            self.by_owner.remove(&(owner, id));
+        self.lost.remove(&(tie.take_back_ms, id));
+        for owner in &tie.owners {
+            self.by_owner.remove(&(*owner, id));
         }
         if let Some(limiters) = self.by_lease.get_mut(&tie.lease.db) {
             if let Some(leases) = limiters.get_mut(&tie.lease.prefix) {
@@ -216,7 +267,12 @@ mod tests {
     }
 
     fn lost(ties: &mut Ties) -> Vec<Lease> {
-        std::iter::from_fn(|| ties.next_lost()).collect()
+        std::iter::from_fn(|| {
+            let (id, lease) = ties.next_lost(i64::MAX)?;
+            ties.cut_tie(id);
+            Some(lease)
+        })
+        .collect()
     }
 
     fn is_empty(ties: &Ties) -> bool {
@@ -249,7 +305,7 @@ mod tests {
         ties.tie(lease(0, 1, 100), ME, 0);
         ties.owner_left(ME);
         ties.cut(0, &lease(0, 1, 0).prefix, &[1]); // Refreshed by somebody, to the same end.
-        assert!(!ties.any_lost());
+        assert_eq!(ties.next_lost_ms(), None);
         ties.tie(lease(0, 1, 100), ME, 0);
         ties.owner_left(ME);
         ties.tie(lease(0, 1, 100), OTHER, 0);
@@ -261,12 +317,46 @@ mod tests {
     fn a_waiters_tie_becomes_its_connections() {
         let mut ties = Ties::default();
         let id = ties.tie(lease(0, 1, 100), Owner::Waiter(1), 0);
-        ties.hand_over(id, ME);
+        ties.hand_over(id, Owner::Waiter(1), ME);
         assert!(!ties.owner_left(Owner::Waiter(1)));
         assert!(ties.owner_left(ME));
-        ties.hand_over(id, OTHER);
+        ties.hand_over(id, ME, OTHER);
         assert!(!ties.owner_left(OTHER), "what is lost is not handed over");
         assert_eq!(lost(&mut ties).len(), 1);
+        assert!(is_empty(&ties));
+    }
+
+    #[test]
+    fn a_lease_granted_to_two_waiters_is_lost_with_the_last_of_them() {
+        let (mut ties, key) = (Ties::default(), lease(0, 1, 100));
+        let share = |ties: &mut Ties, waiter| {
+            ties.share_or_cut(0, &key.prefix, &key.key, Owner::Waiter(waiter))
+        };
+        let id = ties.tie(key.clone(), Owner::Waiter(1), 0);
+        assert_eq!(share(&mut ties, 2), Some(id));
+        assert!(!ties.owner_left(Owner::Waiter(1)));
+        assert!(ties.owner_left(Owner::Waiter(2)));
+        assert_eq!(share(&mut ties, 3), Some(id), "lost, but nobody was ever told");
+        assert_eq!(ties.next_lost_ms(), None);
+        ties.hand_over(id, Owner::Waiter(3), ME);
+        assert_eq!(share(&mut ties, 4), None, "somebody was told that it is theirs");
+        assert!(is_empty(&ties));
+    }
+
+    #[test]
+    fn what_cannot_be_taken_back_now_is_tried_later() {
+        let mut ties = Ties::default();
+        ties.tie(lease(0, 1, 100), ME, 0);
+        ties.tie(lease(0, 2, 100), ME, 0);
+        ties.owner_left(ME);
+        let (first, _) = ties.next_lost(0).unwrap();
+        ties.postpone(first, 50);
+        let (second, _) = ties.next_lost(0).unwrap();
+        assert_ne!(first, second);
+        ties.cut_tie(second);
+        assert_eq!((ties.next_lost(49), ties.next_lost_ms()), (None, Some(50)));
+        assert_eq!(ties.next_lost(50).unwrap().0, first);
+        ties.forget_lost();
         assert!(is_empty(&ties));
     }
 

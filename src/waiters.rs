@@ -208,10 +208,11 @@ pub fn reply(id: WaiterId) -> Option<Answer> {
         let decided = hall.decided.remove(&id)?;
         hall.waiters.remove(&decided.client);
         if let Some(tie) = decided.tie {
-            // The reply is not written yet, and cannot be if the client is being closed.
-            hall.ties.hand_over(tie, Owner::Connection(decided.connection));
+            let owner = Owner::Connection(decided.connection);
+            hall.ties.hand_over(tie, Owner::Waiter(id), owner);
             if decided.until == Until::Lapse {
-                hall.unproven.push(tie);
+                // The reply is not written yet, and cannot be if the connection is broken.
+                hall.unproven.push((decided.connection, tie));
             }
         }
         Some(decided.answer)
@@ -243,21 +244,24 @@ fn take(
 ) -> (Outcome, Option<LineId>) {
     let db = ctx.db();
     let (prefix, key) = (ask.prefix.bytes(), ask.key.bytes());
+    // The line comes first. It may be served to its end, and then it is in nobody's way.
+    serve(ctx, with(|hall| hall.lines.line(db, prefix)), set, now_ms);
     let line = with(|hall| hall.lines.line(db, prefix));
-    // Nobody is let in past a line, also not into a slot that the line has not been given yet.
+    // Nobody is let in past a line, also not into a slot that it could not be given yet.
     let limit = if line.is_some() { 0 } else { ask.limit };
     let lapse_ms = lapse_ms(now_ms, ask.ttl_ms);
     let outcome = limiter::acquire(set, &ask.key, limit, lapse_ms, now_ms, reacquire);
-    if outcome != Outcome::Denied {
-        with(|hall| match ask.until {
-            Until::Closed(connection) => {
-                let lease = Lease { db, prefix: prefix.into(), key: key.into(), lapse_ms };
-                hall.ties.tie(lease, Owner::Connection(connection), now_ms);
-            }
-            Until::Lapse => hall.ties.cut(db, prefix, key),
-        });
+    if outcome == Outcome::Denied {
+        return (outcome, line);
     }
-    serve(ctx, line, set, now_ms);
+    with(|hall| match ask.until {
+        Until::Closed(connection) => {
+            let lease = Lease { db, prefix: prefix.into(), key: key.into(), lapse_ms };
+            hall.ties.tie(lease, Owner::Connection(connection), now_ms);
+        }
+        Until::Lapse => hall.ties.cut(db, prefix, key),
+    });
+    serve(ctx, line, set, now_ms); // What was refreshed lapses at another time.
     (outcome, line)
 }
 
@@ -366,7 +370,9 @@ impl Listener for Pump {
             with(|hall| {
                 hall.not_before_ms = now_ms.saturating_add(PAUSED_RETRY_MS);
                 // What is lost on a replica is its master's affair, where the ttl will end it.
-                while ctx.is_replica() && hall.ties.next_lost().is_some() {}
+                if ctx.is_read_only_replica() {
+                    hall.ties.forget_lost();
+                }
             });
         }
     }
@@ -398,6 +404,16 @@ impl Listener for Pump {
     }
 
     fn disconnected(ctx: &Context, connection: u64) {
+        // Closed in the turn of its reply: because that could not be written, or after it was, as
+        // with a QUIT in the same pipeline?
+        let unproven = with(|hall| hall.unproven.iter().any(|(other, _)| *other == connection));
+        if unproven && ctx.closes_after_replies(connection) {
+            with(|hall| {
+                let (ties, unproven) = (&mut hall.ties, &hall.unproven);
+                let its = unproven.iter().filter(|(other, _)| *other == connection);
+                its.for_each(|(_, tie)| ties.cut_unless_lost(*tie));
+            });
+        }
         if with(|hall| hall.ties.owner_left(Owner::Connection(connection))) {
             set_timer(ctx);
         }
@@ -405,7 +421,7 @@ impl Listener for Pump {
 
     fn turned() {
         with(|hall| {
-            for tie in std::mem::take(&mut hall.unproven) {
+            for (_, tie) in std::mem::take(&mut hall.unproven) {
                 hall.ties.cut_unless_lost(tie);
             }
         });
@@ -416,23 +432,38 @@ impl Pump {
     /// Ends the leases whose owner has gone.
     fn take_back(ctx: &Context, now_ms: i64) {
         for _ in 0..WORK_A_TURN {
-            let Some(lease) = with(|hall| hall.ties.next_lost()) else { return };
-            let (Some(prefix), Some(key)) =
-                (OwnedStr::copy(&lease.prefix), OwnedStr::copy(&lease.key))
-            else {
-                return;
-            };
-            let (prefix, key) = (prefix.as_str(), key.as_str());
-            if !ctx.select_db(lease.db) || (ctx.is_clustered() && !ctx.serves(prefix)) {
-                continue;
-            }
-            let Ok(mut set) = SortedSet::open(ctx, prefix) else { continue };
-            // Another end is another lease: somebody wrote there without asking us.
-            if set.holds(key, lease.lapse_ms) {
-                limiter::release(&mut set, &[key], now_ms);
-                with(|hall| hall.lines.touch(lease.db, &lease.prefix));
+            let Some((tie, lease)) = with(|hall| hall.ties.next_lost(now_ms)) else { return };
+            if lease.lapse_ms <= now_ms || Self::end(ctx, &lease, now_ms) {
+                with(|hall| {
+                    hall.ties.cut_tie(tie);
+                    hall.lines.touch(lease.db, &lease.prefix);
+                });
+            } else {
+                let later_ms = now_ms.saturating_add(CLUSTER_PROBE_MS);
+                with(|hall| hall.ties.postpone(tie, later_ms));
             }
         }
+    }
+
+    /// Ends a lease; false if that is not possible now.
+    fn end(ctx: &Context, lease: &Lease, now_ms: i64) -> bool {
+        let (Some(prefix), Some(key)) = (OwnedStr::copy(&lease.prefix), OwnedStr::copy(&lease.key))
+        else {
+            return false;
+        };
+        let (prefix, key) = (prefix.as_str(), key.as_str());
+        if !ctx.select_db(lease.db) || (ctx.is_clustered() && !ctx.serves(prefix)) {
+            return false;
+        }
+        let mut set = match SortedSet::open(ctx, prefix) {
+            Ok(set) => set,
+            Err(why) => return why == NotOpened::WrongType,
+        };
+        // Another end is another lease: somebody wrote there without asking us.
+        if set.holds(key, lease.lapse_ms) {
+            limiter::release(&mut set, &[key], now_ms);
+        }
+        true
     }
 
     /// Serves the lines that are due.
@@ -491,7 +522,7 @@ struct Hall {
     /// Those that were let go, and not replied yet.
     decided: HashMap<WaiterId, Decided>,
     /// Ties of leases whose holders are replied in this turn of the event loop.
-    unproven: Vec<TieId>,
+    unproven: Vec<(u64, TieId)>,
     listens: bool,
     /// The timer that runs, and when it rings.
     timer: Option<(Timer, i64)>,
@@ -522,7 +553,7 @@ struct Decided {
 impl Hall {
     /// When something is to be done; `i64::MIN` = now.
     fn next_ms(&self) -> Option<i64> {
-        let next_ms = if self.ties.any_lost() { Some(i64::MIN) } else { self.lines.next_ms() };
+        let next_ms = [self.ties.next_lost_ms(), self.lines.next_ms()].into_iter().flatten().min();
         next_ms.map(|ms| ms.max(self.not_before_ms))
     }
 
@@ -549,13 +580,12 @@ impl Hall {
     ) {
         let Some((db, prefix)) = self.lines.limiter(line) else { return };
         let lease = Lease { db, prefix: prefix.into(), key: waiter.key.clone(), lapse_ms };
-        // A lease that somebody held before and that was only refreshed is not the waiter's to
-        // lose, unless it asked for that.
+        let owner = Owner::Waiter(id);
         let tie = if outcome == Outcome::Acquired || waiter.until != Until::Lapse {
-            Some(self.ties.tie(lease, Owner::Waiter(id), now_ms))
+            Some(self.ties.tie(lease, owner, now_ms))
         } else {
-            self.ties.cut(db, &lease.prefix, &lease.key);
-            None
+            // Only refreshed: a lease that somebody has held before is not the waiter's to lose.
+            self.ties.share_or_cut(db, &lease.prefix, &lease.key, owner)
         };
         self.lines.answered(id);
         self.decide(id, waiter, Answer::Granted, tie);

@@ -253,3 +253,57 @@ fn a_hand_off_after_a_del_reaches_the_replica_after_the_del() {
         check_replica(&server, &replica);
     }
 }
+
+#[test]
+fn on_a_writable_replica_the_line_moves_too() {
+    let master = Server::start();
+    let port = master.port.to_string();
+    let writable = ["--replicaof", "127.0.0.1", &port, "--replica-read-only", "no"];
+    let server = Server::start_with(&writable);
+    let mut client = server.client();
+    wait_until("it follows", || client.info("replication", "master_link_status") == "up");
+    client.int("LIMITER.ACQUIRE p a 1 0.1");
+    let mut by_lapse = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
+    let mut by_del = server.waiter("LIMITER.BACQUIRE p c 1 450 0");
+    assert_eq!(by_lapse.receive(), ONE);
+    client.int("DEL p");
+    assert_eq!(by_del.receive(), ONE);
+}
+
+#[test]
+fn in_a_cluster_waits_end_when_the_slot_goes_and_leases_end_when_it_is_back() {
+    let server = Server::start_with(&["--cluster-enabled", "yes"]);
+    let mut client = server.client();
+    let is_ok = |client: &mut Client| client.text("CLUSTER INFO").contains("cluster_state:ok");
+    client.call("CLUSTER ADDSLOTSRANGE 0 16383");
+    wait_until("the cluster is up", || is_ok(&mut client));
+    let slot = client.int("CLUSTER KEYSLOT p");
+
+    // An ephemeral lease whose connection closes while nothing is served.
+    let mut owner = server.client();
+    assert_eq!(owner.int("LIMITER.ACQUIRE p ephemeral 1 450 EPHEMERAL"), 1);
+    let mut moves = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
+    let elsewhere = (slot + 1) % 16384;
+    client.call(&format!("CLUSTER DELSLOTS {elsewhere}"));
+    wait_until("the cluster is down", || !is_ok(&mut client));
+    let started = std::time::Instant::now();
+    // The server itself answers a client that is blocked while the cluster is down, if it looks
+    // at it before the pump does.
+    let is_let_go =
+        |error: &str| error.starts_with("UNBLOCKED") || error.starts_with("CLUSTERDOWN");
+    let error = error_text(&moves.receive());
+    assert!(is_let_go(&error), "{error}");
+    assert!(started.elapsed().as_millis() < 2_000, "{:?}", started.elapsed());
+    owner.close();
+    client.call(&format!("CLUSTER ADDSLOTS {elsewhere}"));
+    wait_until("the cluster is up", || is_ok(&mut client));
+    wait_until("the lease has ended", || client.int("LIMITER.COUNT p") == 0);
+
+    // The slot itself goes, and the server writes no key into it.
+    client.int("LIMITER.ACQUIRE p a 1 0.3");
+    let mut moves = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
+    client.call(&format!("CLUSTER DELSLOTS {slot}"));
+    let error = error_text(&moves.receive());
+    assert!(is_let_go(&error), "{error}");
+    assert_eq!(client.int(&format!("CLUSTER COUNTKEYSINSLOT {slot}")), 1, "the lease of a alone");
+}

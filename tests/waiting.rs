@@ -38,8 +38,11 @@ fn start() -> Pair {
     Pair { server, replica }
 }
 
+/// Database and key, members, expiry.
+type Limiter = (String, Vec<(String, f64)>, i64);
+
 /// Every limiter with its members, in both databases that the tests use, and its expiry.
-fn everything(client: &mut Client) -> Vec<(String, Vec<(String, f64)>, i64)> {
+fn everything(client: &mut Client) -> Vec<Limiter> {
     let mut all = Vec::new();
     for db in ["0", "1"] {
         client.call(&format!("SELECT {db}"));
@@ -167,6 +170,32 @@ fn a_newcomer_does_not_slip_in_at_the_instant_of_a_lapse_or_a_del() {
         }
         assert_eq!(waiter.receive(), ONE, "after {make_room}");
     }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_newcomer_behind_a_line_that_is_served_to_its_end_takes_what_is_left() {
+    let server = start();
+    let mut client = server.client();
+    for newcomer in ["BACQUIRE", "ACQUIRE"] {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 2 450");
+        client.int("LIMITER.ACQUIRE p b 2 450");
+        let mut waiter = server.waiter("LIMITER.BACQUIRE p w 2 450 0");
+        let timeout = if newcomer == "BACQUIRE" { "0" } else { "" };
+        client.send_raw(format!("DEL p\r\nLIMITER.{newcomer} p n 2 450 {timeout}\r\n").as_bytes());
+        assert_eq!((client.receive(), client.receive()), (ONE, ONE), "{newcomer}");
+        assert_eq!(waiter.receive(), ONE);
+        assert_eq!(client.strings("ZRANGE p 0 -1"), ["n", "w"]);
+    }
+    // The same after a lapse: the server sleeps over it, and finds the newcomer when it wakes.
+    client.call("DEL p");
+    client.int("LIMITER.ACQUIRE p a 2 0.1");
+    client.int("LIMITER.ACQUIRE p b 2 0.1");
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p w 2 450 0");
+    client.send_raw(b"DEBUG SLEEP 0.2\r\nLIMITER.BACQUIRE p n 2 450 0\r\n");
+    assert_eq!((client.receive(), client.receive()), (Value::Okay, ONE));
+    assert_eq!(waiter.receive(), ONE);
     check_at_the_end(server);
 }
 
@@ -475,6 +504,84 @@ fn a_waiter_that_goes_in_the_turn_of_its_grant_loses_the_lease_to_the_next() {
         }
         assert_eq!(next.receive(), ONE, "round {round}");
         assert_eq!(client.strings("ZRANGE p 0 -1"), ["next"], "round {round}");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_lease_whose_reply_was_written_stays_though_the_connection_closes_in_that_turn() {
+    let server = start();
+    let mut client = server.client();
+    for behind in ["QUIT", "CLIENT KILL ID", "*1\r\n$x"] {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 1 450");
+        let mut waiter = server.client();
+        let behind = match behind {
+            "CLIENT KILL ID" => format!("{behind} {} SKIPME no", waiter.id()),
+            other => other.to_string(),
+        };
+        waiter.send_raw(format!("LIMITER.BACQUIRE p w 1 450 0\r\n{behind}\r\n").as_bytes());
+        wait_until("it waits", || server.blocked() == 1);
+        client.int("LIMITER.RELEASE p a");
+        assert_eq!(waiter.receive(), ONE);
+        while waiter.try_receive().is_ok() {} // Until it is closed.
+        client.call("PING");
+        assert_eq!(client.int("LIMITER.COUNT p"), 1, "acknowledged, and lost by {behind}");
+    }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_user_deleted_in_the_turn_of_a_grant_takes_no_slot_along() {
+    let server = start();
+    let mut client = server.client();
+    client.call("ACL SETUSER guest on nopass ~* +@all");
+    client.int("LIMITER.ACQUIRE p a 1 450");
+    let mut guest = server.client();
+    guest.call("AUTH guest x");
+    guest.send(&["LIMITER.BACQUIRE", "p", "guest", "1", "450", "0"]);
+    wait_until("it waits", || server.blocked() == 1);
+    let mut next = server.waiter("LIMITER.BACQUIRE p next 1 450 0");
+    client.send_raw(b"LIMITER.RELEASE p a\r\nACL DELUSER guest\r\n");
+    assert_eq!((client.receive(), client.receive()), (ONE, ONE));
+    assert_eq!(next.receive(), ONE);
+    assert_eq!(client.strings("ZRANGE p 0 -1"), ["next"]);
+    check_at_the_end(server);
+}
+
+#[test]
+fn two_waiters_with_one_key_that_both_go_leave_no_lease() {
+    let server = start();
+    let mut client = server.client();
+    for first_stays in [false, true] {
+        client.call("DEL p");
+        client.int("LIMITER.ACQUIRE p a 1 450");
+        let mut ids = Vec::new();
+        let mut twins: Vec<Client> = (1..=2)
+            .map(|waiting| {
+                let mut twin = server.client();
+                ids.push(twin.id());
+                twin.send(&["LIMITER.BACQUIRE", "p", "twin", "1", "450", "0"]);
+                wait_until("it waits", || server.blocked() == waiting);
+                twin
+            })
+            .collect();
+        let next = server.waiter("LIMITER.BACQUIRE p next 1 450 0");
+        let kill_first = format!("CLIENT KILL ID {}\r\n", ids[0]);
+        let kill_first = if first_stays { "" } else { &kill_first };
+        client.send_raw(
+            format!("LIMITER.RELEASE p a\r\n{kill_first}CLIENT KILL ID {}\r\n", ids[1]).as_bytes(),
+        );
+        (0..if first_stays { 2 } else { 3 }).for_each(|_| assert_eq!(client.receive(), ONE));
+        if first_stays {
+            assert_eq!(twins[0].receive(), ONE);
+            client.call("PING");
+            assert_eq!(client.strings("ZRANGE p 0 -1"), ["twin"], "one was told that it is its");
+        } else {
+            wait_until("the next has it", || client.strings("ZRANGE p 0 -1") == ["next"]);
+        }
+        drop((next, twins));
+        wait_until("all have left", || server.blocked() == 0);
     }
     check_at_the_end(server);
 }

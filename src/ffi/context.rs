@@ -10,6 +10,8 @@ use std::slice;
 
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
+use super::reply::CallReply;
+
 /// The server's side of the call at hand.
 pub struct Context {
     raw: *mut RedisModuleCtx,
@@ -78,22 +80,41 @@ impl Context {
         self.has_flag(raw::REDISMODULE_CTX_FLAGS_CLUSTER)
     }
 
-    /// Whether the server follows a master.
+    /// Whether the server follows a master, and takes no writes but its master's.
     #[must_use]
-    pub fn is_replica(&self) -> bool {
+    pub fn is_read_only_replica(&self) -> bool {
         self.has_flag(raw::REDISMODULE_CTX_FLAGS_SLAVE)
+            && self.has_flag(raw::REDISMODULE_CTX_FLAGS_READONLY)
     }
 
-    /// Whether data may be written that no client asks for at this moment. Not on a replica, not
-    /// while loading, and not while clients are paused (CLIENT PAUSE, a failover, the wait at
-    /// SHUTDOWN): the server stops if something is replicated then.
+    /// Whether the server closes this connection as soon as its replies are written, because the
+    /// client or an administrator asked for it. In doubt it does.
+    #[must_use]
+    pub fn closes_after_replies(&self, connection: u64) -> bool {
+        // SAFETY: "ccl" takes two texts ending with NUL, and a number.
+        let reply = CallReply::new(unsafe {
+            api!(RedisModule_Call(
+                self.raw,
+                c"CLIENT".as_ptr(),
+                c"ccl".as_ptr(),
+                c"LIST".as_ptr(),
+                c"ID".as_ptr(),
+                connection
+            ))
+        });
+        let Some(line) = reply.as_ref().and_then(CallReply::text) else { return true };
+        let flags = line.split(' ').find_map(|field| field.strip_prefix("flags="));
+        flags.is_none_or(|flags| flags.contains('c'))
+    }
+
+    /// Whether data may be written that no client asks for at this moment. Not on a read-only
+    /// replica, not while loading, and not while clients are paused (CLIENT PAUSE, a failover, the
+    /// wait at SHUTDOWN): the server stops if something is replicated then.
     #[must_use]
     pub fn may_write_unasked(&self) -> bool {
-        !self.is_paused()
+        !self.data_is_frozen()
             && !self.has_flag(
-                raw::REDISMODULE_CTX_FLAGS_SLAVE
-                    | raw::REDISMODULE_CTX_FLAGS_LOADING
-                    | raw::REDISMODULE_CTX_FLAGS_ASYNC_LOADING,
+                raw::REDISMODULE_CTX_FLAGS_LOADING | raw::REDISMODULE_CTX_FLAGS_ASYNC_LOADING,
             )
     }
 
@@ -109,15 +130,11 @@ impl Context {
     #[must_use]
     pub fn serves(&self, key: Str<'_>) -> bool {
         // SAFETY: "s" takes a string. The server answers null for a slot it does not serve.
-        unsafe {
+        let reply = CallReply::new(unsafe {
             let name = c"EXISTS".as_ptr();
-            let reply = api!(RedisModule_Call(self.raw, name, c"s".as_ptr(), key.as_ptr()));
-            if reply.is_null() {
-                return false;
-            }
-            api!(RedisModule_FreeCallReply(reply));
-        }
-        true
+            api!(RedisModule_Call(self.raw, name, c"s".as_ptr(), key.as_ptr()))
+        });
+        reply.is_some()
     }
 
     fn has_flag(&self, any_of: u32) -> bool {
@@ -130,7 +147,7 @@ impl Context {
     /// this is a read-only replica. The server hides an expired key then without deleting it, and
     /// adding a key under that name would stop the server.
     pub(super) fn data_is_frozen(&self) -> bool {
-        self.is_paused() || self.is_replica() && self.has_flag(raw::REDISMODULE_CTX_FLAGS_READONLY)
+        self.is_paused() || self.is_read_only_replica()
     }
 
     /// Writes a line at level warning to the server's log.

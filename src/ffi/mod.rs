@@ -17,6 +17,7 @@
 //! | `command.rs` | registering a command with its documentation, and the way in |
 //! | `blocked.rs` | clients that wait for their reply |
 //! | `events.rs` | the timer, and what the server tells of keys, databases, clients |
+//! | `reply.rs` | replies to commands that we call |
 //! | `sorted_set.rs` | a limiter's sorted set, as [`crate::limiter::Leases`] |
 
 #[macro_use]
@@ -25,6 +26,7 @@ mod blocked;
 mod command;
 mod context;
 mod events;
+mod reply;
 mod sorted_set;
 
 pub use blocked::{BlockedClient, Blocking};

@@ -8,11 +8,11 @@
 use std::ffi::CStr;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::slice;
 
-use redis_module::raw::{self, RedisModuleCallReply, RedisModuleKey, RedisModuleString};
+use redis_module::raw::{self, RedisModuleKey, RedisModuleString};
 
 use super::context::{Context, OwnedStr, Str};
+use super::reply::CallReply;
 use crate::limiter::{self, Found, Leases, Put};
 
 /// Why a key could not be opened as a limiter.
@@ -490,46 +490,6 @@ impl ScoreText {
 
     fn bytes(&self) -> &[u8] {
         self.digits.get(self.start..).unwrap_or_default()
-    }
-}
-
-/// The reply to a command we called; given back when dropped.
-struct CallReply(NonNull<RedisModuleCallReply>);
-
-impl CallReply {
-    fn new(reply: *mut RedisModuleCallReply) -> Option<Self> {
-        NonNull::new(reply).map(Self)
-    }
-
-    fn integer(&self) -> Option<u64> {
-        // SAFETY: the reply is valid until dropped.
-        unsafe {
-            let integer = api!(RedisModule_CallReplyType(self.0.as_ptr())) as isize
-                == raw::REDISMODULE_REPLY_INTEGER;
-            integer.then(|| api!(RedisModule_CallReplyInteger(self.0.as_ptr())))
-        }
-        .and_then(|integer| u64::try_from(integer).ok())
-    }
-
-    /// The element at `index` of an array, if it is text.
-    fn text_at(&self, index: usize) -> Option<&str> {
-        let mut len = 0;
-        // SAFETY: the reply, and so its elements, are valid until dropped; the server answers
-        // null to an index that is not there and to what is no string.
-        let bytes = unsafe {
-            let element = api!(RedisModule_CallReplyArrayElement(self.0.as_ptr(), index));
-            let element = NonNull::new(element)?;
-            let start = api!(RedisModule_CallReplyStringPtr(element.as_ptr(), &mut len));
-            slice::from_raw_parts(NonNull::new(start.cast_mut())?.as_ptr().cast::<u8>(), len)
-        };
-        std::str::from_utf8(bytes).ok()
-    }
-}
-
-impl Drop for CallReply {
-    fn drop(&mut self) {
-        // SAFETY: ours, and given back once.
-        unsafe { api!(RedisModule_FreeCallReply(self.0.as_ptr())) }
     }
 }
 
