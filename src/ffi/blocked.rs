@@ -5,9 +5,9 @@
 //! twice. Letting go only queues it: the server asks for the reply ([`Blocking::reply`]) before it
 //! sleeps the next time, if the client is still there then.
 
-use std::ffi::{c_int, c_void};
 use std::ptr;
 
+use libc::{c_int, c_void};
 use redis_module::raw::{self, RedisModuleBlockedClient, RedisModuleCtx, RedisModuleString};
 
 use super::command::{answer, contained, CommandResult, Reply};

@@ -2,10 +2,11 @@
 //! function that parses nothing, lets no panic out, and writes the reply.
 
 use std::borrow::Cow;
-use std::ffi::{c_int, CStr, CString};
+use std::ffi::{CStr, CString};
 use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
 
+use libc::c_int;
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
 use super::api;

@@ -4,10 +4,10 @@
 
 use std::ffi::CStr;
 use std::marker::PhantomData;
-use std::os::raw::c_char;
 use std::ptr::NonNull;
 use std::slice;
 
+use libc::c_char;
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
 use super::reply::CallReply;

@@ -3,9 +3,10 @@
 //! The callbacks may come in the middle of anything, and nothing may be written in them: a write
 //! would travel to replicas before the change it answers. The one exception is the timer's.
 
-use std::ffi::{c_char, c_int, c_void, CStr};
+use std::ffi::CStr;
 use std::ptr;
 
+use libc::{c_char, c_int, c_void};
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
 use super::command::contained;
