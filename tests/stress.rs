@@ -8,7 +8,7 @@
 //! Time is that of one monotone clock in this process. "Certainly" is the word that makes the
 //! judgement hold: a lease is certainly held from the reply that granted it to the moment its
 //! release was sent, or its ttl had passed since the request was sent; it is possibly held from
-//! the request to the reply to its release.
+//! shortly before the reply that granted it to the reply to its release.
 
 mod harness;
 
@@ -28,6 +28,9 @@ const LASTS: Duration = Duration::from_secs(12);
 
 /// What the server's whole milliseconds may take off the end of a lease.
 const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// What a reply may take from the grant to the client's next look at the clock.
+const IN_FLIGHT: Duration = Duration::from_millis(25);
 
 /// What the server may take to notice that a connection was closed, before a judge minds.
 const NOTICE: Duration = Duration::from_millis(50);
@@ -139,6 +142,8 @@ impl<'s> Worker<'s> {
             }
         }
 
+        // It may have waited for long; while it did, it did not hold.
+        let granted = sent.max(replied - IN_FLIGHT);
         let mut held_until = sent + ttl - MILLISECOND; // At least.
         let mut held_at_most = replied + ttl;
         thread::sleep(Duration::from_millis(self.rng.u64(0..25)));
@@ -154,7 +159,7 @@ impl<'s> Worker<'s> {
                 Err(error) => {
                     let end = if ephemeral { now + NOTICE } else { now + ttl };
                     let until = if ephemeral { replied } else { renewed.min(held_until) };
-                    self.note((replied, until), (sent, end));
+                    self.note((replied, until), (granted, end));
                     return Err(error);
                 }
             }
@@ -168,13 +173,13 @@ impl<'s> Worker<'s> {
         match self.rng.u8(0..8) {
             0 if !ephemeral => {
                 // Forgets to release.
-                self.note((replied, held_until), (sent, held_at_most));
+                self.note((replied, held_until), (granted, held_at_most));
             }
             1 if ephemeral => {
                 let alive = self.client.try_run(&["PING"]);
                 self.reconnect(); // The close is the release.
                 let end = (Instant::now() + NOTICE).min(held_at_most);
-                self.note((replied, until(&alive)), (sent, end));
+                self.note((replied, until(&alive)), (granted, end));
             }
             _ => {
                 let reply = self.client.try_run(&["LIMITER.RELEASE", "p", &key]);
@@ -184,7 +189,7 @@ impl<'s> Worker<'s> {
                     (Err(_), true) => now + NOTICE,
                     (Err(_), false) => held_at_most, // It may not have arrived.
                 };
-                self.note((replied, until(&reply)), (sent, end));
+                self.note((replied, until(&reply)), (granted, end));
                 if reply? == Value::Int(0) {
                     self.judge_loss(&key, "RELEASE", now, held_until);
                 }
