@@ -244,9 +244,12 @@ fn take(
 ) -> (Outcome, Option<LineId>) {
     let db = ctx.db();
     let (prefix, key) = (ask.prefix.bytes(), ask.key.bytes());
-    // The line comes first. It may be served to its end, and then it is in nobody's way.
-    serve(ctx, with(|hall| hall.lines.line(db, prefix)), set, now_ms);
-    let line = with(|hall| hall.lines.line(db, prefix));
+    let mut line = with(|hall| hall.lines.line(db, prefix));
+    if line.is_some() {
+        // The line comes first. It may be served to its end, and is in nobody's way then.
+        serve(ctx, line, set, now_ms);
+        line = with(|hall| hall.lines.line(db, prefix));
+    }
     // Nobody is let in past a line, also not into a slot that it could not be given yet.
     let limit = if line.is_some() { 0 } else { ask.limit };
     let lapse_ms = lapse_ms(now_ms, ask.ttl_ms);
