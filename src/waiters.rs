@@ -148,9 +148,9 @@ pub fn acquire_or_wait<B: Blocking>(
     if !with(|hall| std::mem::replace(&mut hall.listens, true)) {
         listen_for_waiters::<Pump>(ctx);
     }
-    let next_look_ms = next_look_ms(ctx, &set, now_ms);
+    let (db, next_look_ms) = (ctx.db(), next_look_ms(ctx, &set, now_ms));
     with(|hall| {
-        let (id, line) = hall.lines.join(ctx.db(), ask.prefix.bytes(), deadline_ms, waiter);
+        let (id, line) = hall.lines.join(db, ask.prefix.bytes(), deadline_ms, waiter);
         hall.waiters.insert(client, id);
         if hall.lines.len(line) == 1 {
             hall.lines.set_alarm(line, next_look_ms);
@@ -370,13 +370,11 @@ impl Listener for Pump {
             Self::take_back(ctx, now_ms);
             Self::serve_due(ctx, now_ms);
         } else {
-            with(|hall| {
-                hall.not_before_ms = now_ms.saturating_add(PAUSED_RETRY_MS);
+            with(|hall| hall.not_before_ms = now_ms.saturating_add(PAUSED_RETRY_MS));
+            if ctx.is_read_only_replica() {
                 // What is lost on a replica is its master's affair, where the ttl will end it.
-                if ctx.is_read_only_replica() {
-                    hall.ties.forget_lost();
-                }
-            });
+                with(|hall| hall.ties.forget_lost());
+            }
         }
     }
 

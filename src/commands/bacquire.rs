@@ -52,20 +52,16 @@ impl Command for Bacquire {
             Timeout::Negative => return Err(errors::TIMEOUT_NEGATIVE),
             Timeout::Invalid => return Err(errors::TIMEOUT),
         };
-        let ephemeral = match options {
-            [] => false,
-            [word] if word.bytes().eq_ignore_ascii_case(b"EPHEMERAL") => true,
+        let until = match options {
+            [] => Until::Lapse,
+            [word] if word.bytes().eq_ignore_ascii_case(b"EPHEMERAL") => {
+                Until::Closed(ctx.connection().ok_or(errors::NO_CONNECTION)?)
+            }
             _ => return Err(errors::SYNTAX),
-        };
-        let connection = ctx.connection();
-        let until = match (ephemeral, connection) {
-            (false, _) => Until::Lapse,
-            (true, Some(connection)) => Until::Closed(connection),
-            (true, None) => return Err(errors::NO_CONNECTION),
         };
         let ask = Ask { prefix: *prefix, key: *key, limit, ttl_ms, until };
 
-        match connection {
+        match ctx.connection() {
             Some(connection) if !ctx.must_not_block() => {
                 let turn =
                     waiters::acquire_or_wait::<Self>(ctx, &ask, connection, deadline_ms, now_ms)?;

@@ -11,7 +11,7 @@
 #![allow(dead_code)] // Each test binary uses its own part of this.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -330,11 +330,6 @@ impl Client {
         let there = self.stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0);
         self.stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
         there
-    }
-
-    /// Whether the server has closed the connection, now or in time.
-    pub fn is_closed(&mut self) -> bool {
-        matches!(self.stream.read(&mut [0]), Ok(0) | Err(_))
     }
 
     /// Members and scores of a sorted set, in order.
