@@ -10,7 +10,8 @@
 //!   would reach replicas before the change that made room for it.
 //!
 //! There is one timer for everything, set to the soonest thing there is to do. The pump writes
-//! only when the server may, and only for keys it serves; else it comes back later.
+//! only what the server would let a client write; else it comes back later, or lets the waiters
+//! go if the slot is served elsewhere.
 //!
 //! A waiter is *waiting* (in its line), then *decided* (out of it, let go, and not replied yet),
 //! then gone. A lease granted to it is tied to it until the reply is on its way: if the client
@@ -25,15 +26,16 @@ use std::sync::{Mutex, PoisonError};
 use lazy_static::lazy_static;
 
 use crate::ffi::{
-    listen_for_waiters, BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, SortedSet,
-    Str, Timer,
+    listen_for_waiters, BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, Permit,
+    SortedSet, Str, Timer,
 };
 use crate::limiter::{self, Leases, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
 use crate::ties::{Lease, Owner, TieId, Ties};
 
-/// How soon the pump comes back when the server may not write: a pause has no event for its end.
-const PAUSED_RETRY_MS: i64 = 10;
+/// How soon the pump comes back when the server may not write: the end of a pause, and the return
+/// of a replica, are told by no event.
+const REFUSED_RETRY_MS: i64 = 10;
 
 /// How often a line looks whether its slot is still served here, in a cluster. Redis 7.0 lets a
 /// slot go without a word.
@@ -328,7 +330,7 @@ fn set_timer(ctx: &Context) {
     let (old, next_ms) = with(|hall| {
         let next_ms = hall.next_ms();
         let in_time = match (&hall.timer, next_ms) {
-            (Some((_, rings_ms)), Some(next_ms)) => *rings_ms <= next_ms.max(now_ms),
+            (Some(timer), Some(next_ms)) => timer.rings_ms <= next_ms.max(now_ms),
             (timer, None) => timer.is_none(),
             (None, Some(_)) => false,
         };
@@ -339,15 +341,15 @@ fn set_timer(ctx: &Context) {
             (hall.timer.take(), next_ms)
         }
     });
-    if let Some((timer, _)) = old {
-        timer.stop(ctx);
+    if let Some(old) = old {
+        old.timer.stop(ctx);
     }
     if let Some(next_ms) = next_ms {
         // No longer than an hour, so that the server's own sum does not overflow.
         let period_ms = next_ms.saturating_sub(now_ms).clamp(0, 3_600_000);
         let timer = Timer::start::<Pump>(ctx, period_ms);
         let rings_ms = now_ms.saturating_add(period_ms);
-        with(|hall| hall.timer = Some((timer, rings_ms)));
+        with(|hall| hall.timer = Some(SetTimer { timer, set_ms: now_ms, rings_ms }));
     }
 }
 
@@ -366,15 +368,12 @@ impl Listener for Pump {
         while let Some((id, client)) = with(|hall| hall.next_timed_out(now_ms)) {
             client.let_go(id);
         }
-        if ctx.may_write_unasked() {
-            Self::take_back(ctx, now_ms);
-            Self::serve_due(ctx, now_ms);
-        } else {
-            with(|hall| hall.not_before_ms = now_ms.saturating_add(PAUSED_RETRY_MS));
-            if ctx.is_read_only_replica() {
-                // What is lost on a replica is its master's affair, where the ttl will end it.
-                with(|hall| hall.ties.forget_lost());
-            }
+        if ctx.is_read_only_replica() {
+            // What is lost on a replica is its master's affair, where the ttl will end it.
+            with(|hall| hall.ties.forget_lost());
+        }
+        if Self::work(ctx, now_ms).is_err() {
+            with(|hall| hall.not_before_ms = now_ms.saturating_add(REFUSED_RETRY_MS));
         }
     }
 
@@ -420,21 +419,44 @@ impl Listener for Pump {
         }
     }
 
-    fn turned() {
-        with(|hall| {
+    fn turned(ctx: &Context) {
+        let now_ms = ctx.now_ms();
+        let was_set_back = with(|hall| {
             for (_, tie) in std::mem::take(&mut hall.unproven) {
                 hall.ties.cut_unless_lost(tie);
             }
+            let was_set_back = hall.timer.as_ref().is_some_and(|timer| now_ms < timer.set_ms);
+            if was_set_back {
+                hall.not_before_ms = i64::MIN;
+                hall.lines.touch_database(None);
+            }
+            was_set_back
         });
+        if was_set_back {
+            // The server's timers go by the clock: this one would ring as late as it was set back.
+            set_timer(ctx);
+        }
     }
 }
 
+/// The server takes no writes now.
+struct Refused;
+
 impl Pump {
+    /// Does what is due, if the server may write.
+    fn work(ctx: &Context, now_ms: i64) -> Result<(), Refused> {
+        if !ctx.may_write_unasked() {
+            return Err(Refused);
+        }
+        Self::take_back(ctx, now_ms)?;
+        Self::serve_due(ctx, now_ms)
+    }
+
     /// Ends the leases whose owner has gone.
-    fn take_back(ctx: &Context, now_ms: i64) {
+    fn take_back(ctx: &Context, now_ms: i64) -> Result<(), Refused> {
         for _ in 0..WORK_A_TURN {
-            let Some((tie, lease)) = with(|hall| hall.ties.next_lost(now_ms)) else { return };
-            if lease.lapse_ms <= now_ms || Self::end(ctx, &lease, now_ms) {
+            let Some((tie, lease)) = with(|hall| hall.ties.next_lost(now_ms)) else { break };
+            if lease.lapse_ms <= now_ms || Self::end(ctx, &lease, now_ms)? {
                 with(|hall| {
                     hall.ties.cut_tie(tie);
                     hall.lines.touch(lease.db, &lease.prefix);
@@ -444,45 +466,58 @@ impl Pump {
                 with(|hall| hall.ties.postpone(tie, later_ms));
             }
         }
+        Ok(())
     }
 
-    /// Ends a lease; false if that is not possible now.
-    fn end(ctx: &Context, lease: &Lease, now_ms: i64) -> bool {
+    /// Ends a lease; false if it is not this node's to end now.
+    fn end(ctx: &Context, lease: &Lease, now_ms: i64) -> Result<bool, Refused> {
         let (Some(prefix), Some(key)) = (OwnedStr::copy(&lease.prefix), OwnedStr::copy(&lease.key))
         else {
-            return false;
+            return Ok(false);
         };
         let (prefix, key) = (prefix.as_str(), key.as_str());
-        if !ctx.select_db(lease.db) || (ctx.is_clustered() && !ctx.serves(prefix)) {
-            return false;
+        if !ctx.select_db(lease.db) {
+            return Ok(false);
+        }
+        match ctx.write_permit(prefix) {
+            Permit::Granted => {}
+            Permit::NotNow => return Err(Refused),
+            Permit::Elsewhere => return Ok(false),
         }
         let mut set = match SortedSet::open(ctx, prefix) {
             Ok(set) => set,
-            Err(why) => return why == NotOpened::WrongType,
+            Err(why) => return Ok(why == NotOpened::WrongType),
         };
         // Another end is another lease: somebody wrote there without asking us.
         if set.holds(key, lease.lapse_ms) {
             limiter::release(&mut set, &[key], now_ms);
         }
-        true
+        Ok(true)
     }
 
     /// Serves the lines that are due.
-    fn serve_due(ctx: &Context, now_ms: i64) {
+    fn serve_due(ctx: &Context, now_ms: i64) -> Result<(), Refused> {
         for _ in 0..WORK_A_TURN {
             let due = with(|hall| {
                 let line = hall.lines.next_due()?;
                 hall.lines.limiter(line).map(|(db, prefix)| (line, db, Box::from(prefix)))
             });
-            let Some((line, db, prefix)) = due else { return };
+            let Some((line, db, prefix)) = due else { break };
             let prefix: Box<[u8]> = prefix;
-            let Some(prefix) = OwnedStr::copy(&prefix) else { return };
+            let Some(prefix) = OwnedStr::copy(&prefix) else { break };
             if !ctx.select_db(db) {
                 continue;
             }
-            if ctx.is_clustered() && !ctx.serves(prefix.as_str()) {
-                dismiss(line, Answer::Moved);
-                continue;
+            match ctx.write_permit(prefix.as_str()) {
+                Permit::Granted => {}
+                Permit::NotNow => {
+                    with(|hall| hall.lines.touch_line(line));
+                    return Err(Refused);
+                }
+                Permit::Elsewhere => {
+                    dismiss(line, Answer::Moved);
+                    continue;
+                }
             }
             match SortedSet::open(ctx, prefix.as_str()) {
                 Ok(mut set) => grant(ctx, line, &mut set, now_ms),
@@ -490,6 +525,7 @@ impl Pump {
                 Err(NotOpened::Frozen) => with(|hall| hall.lines.touch_line(line)),
             };
         }
+        Ok(())
     }
 }
 
@@ -525,10 +561,16 @@ struct Hall {
     /// Ties of leases whose holders are replied in this turn of the event loop.
     unproven: Vec<(u64, TieId)>,
     listens: bool,
-    /// The timer that runs, and when it rings.
-    timer: Option<(Timer, i64)>,
+    timer: Option<SetTimer>,
     rings: bool,
     not_before_ms: i64,
+}
+
+/// The timer that runs.
+struct SetTimer {
+    timer: Timer,
+    set_ms: i64,
+    rings_ms: i64,
 }
 
 /// Somebody in a line.

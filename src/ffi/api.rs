@@ -3,6 +3,8 @@
 //! The server hands its functions over as pointers, and leaves those it does not have null: a
 //! call through one of them would stop the server.
 
+use std::ffi::CStr;
+
 macro_rules! server_functions {
     ($($name:ident)*) => {
         /// The pointers, filled in by the server before anything of ours runs.
@@ -78,6 +80,20 @@ server_functions! {
     RedisModule_ZsetRem
     RedisModule_ZsetScore
 }
+
+/// The server's commands that must go by their own names: what replicas and the AOF get, and what
+/// is called here. Each takes at least one argument.
+pub const COMMANDS: [&CStr; 9] = [
+    c"ZADD",
+    c"ZREM",
+    c"ZREMRANGEBYSCORE",
+    c"ZREMRANGEBYRANK",
+    c"PEXPIREAT",
+    c"PERSIST",
+    c"ZCOUNT",
+    c"ZRANGE",
+    c"CLIENT",
+];
 
 /// Calls a server function. To be used inside `unsafe`, as the call itself is; only names of the
 /// list above compile.

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
 
@@ -12,6 +13,7 @@ use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 use super::api;
 use super::context::{Context, OwnedStr, Str};
 use super::events::{self, Listener};
+use super::reply::CallReply;
 
 /// A command of the module.
 pub trait Command {
@@ -151,6 +153,15 @@ impl Arg {
     }
 }
 
+/// Whether the server has a command of this name.
+fn exists(ctx: *mut RedisModuleCtx, command: &CStr) -> bool {
+    // SAFETY: the context is that of the load, the name ends with NUL, and "" takes nothing. The
+    // command is not run: it lacks its arguments, or does not exist, as errno tells.
+    let reply = unsafe { api!(RedisModule_Call(ctx, command.as_ptr(), c"".as_ptr())) };
+    CallReply::new(reply).is_some()
+        || io::Error::last_os_error().raw_os_error() != Some(libc::ENOENT)
+}
+
 /// The module while it loads.
 pub struct Module {
     ctx: *mut RedisModuleCtx,
@@ -164,6 +175,10 @@ impl Module {
     pub fn load(ctx: &redis_module::Context) -> Result<Self, String> {
         if let Some(function) = api::missing() {
             return Err(format!("this server is too old: it has no {function}"));
+        }
+        if let Some(command) = api::COMMANDS.into_iter().find(|name| !exists(ctx.ctx, name)) {
+            let command = command.to_string_lossy();
+            return Err(format!("rename-command took away {command}, which the module needs"));
         }
         // Without the first option, closing a set that was opened to be written aborts every
         // WATCH on it, changed or not. Without the second, loading this module switches diskless

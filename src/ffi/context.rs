@@ -3,6 +3,7 @@
 //! A [`Context`] lives as long as the call; strings and sets borrow it.
 
 use std::ffi::CStr;
+use std::io;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::slice;
@@ -10,7 +11,21 @@ use std::slice;
 use libc::c_char;
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
+use super::clock;
 use super::reply::CallReply;
+
+/// Whether a key may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Permit {
+    /// It may.
+    Granted,
+    /// Not at the moment: too few replicas follow (`min-replicas-to-write`), or the last save or
+    /// AOF write failed (`stop-writes-on-bgsave-error`).
+    NotNow,
+    /// The cluster is down, or the key's slot is not served here, or is on its way to another node
+    /// (a key that is not here any more is asked for there).
+    Elsewhere,
+}
 
 /// The server's side of the call at hand.
 pub struct Context {
@@ -28,11 +43,17 @@ impl Context {
         self.raw
     }
 
-    /// The server's clock: milliseconds after 1970.
+    /// The server's clock: milliseconds after 1970. In a transaction or a script it only runs
+    /// forward.
     #[must_use]
     pub fn now_ms(&self) -> i64 {
         // SAFETY: takes nothing, reads the clock.
-        unsafe { api!(RedisModule_Milliseconds()) }
+        let now_ms = unsafe { api!(RedisModule_Milliseconds()) };
+        if self.has_flag(raw::REDISMODULE_CTX_FLAGS_MULTI | raw::REDISMODULE_CTX_FLAGS_LUA) {
+            clock::in_transaction(now_ms)
+        } else {
+            now_ms
+        }
     }
 
     /// The number of the database that the call works on.
@@ -107,7 +128,8 @@ impl Context {
         flags.is_none_or(|flags| flags.contains('c'))
     }
 
-    /// Whether data may be written that no client asks for at this moment. Not on a read-only
+    /// Whether data may be written that no client asks for at this moment, if the key's
+    /// [permit](Self::write_permit) is given too. Not on a read-only
     /// replica, not while loading, and not while clients are paused (CLIENT PAUSE, a failover, the
     /// wait at SHUTDOWN): the server stops if something is replicated then.
     #[must_use]
@@ -125,16 +147,29 @@ impl Context {
         unsafe { api!(RedisModule_AvoidReplicaTraffic()) != 0 }
     }
 
-    /// Whether this node serves the key: in a cluster its slot may have gone elsewhere, or be on
-    /// its way (a key that is not here any more is asked for there). Open no key meanwhile.
+    /// Whether the server would let a client write this key now. Open no key meanwhile.
     #[must_use]
-    pub fn serves(&self, key: Str<'_>) -> bool {
-        // SAFETY: "s" takes a string. The server answers null for a slot it does not serve.
+    pub fn write_permit(&self, key: Str<'_>) -> Permit {
+        // A write that changes nothing, since its range is empty. In script mode ("S") the server
+        // refuses it as it would refuse a client's, and errno tells why.
+        // SAFETY: "Sscc" takes a string and two texts ending with NUL.
         let reply = CallReply::new(unsafe {
-            let name = c"EXISTS".as_ptr();
-            api!(RedisModule_Call(self.raw, name, c"s".as_ptr(), key.as_ptr()))
+            api!(RedisModule_Call(
+                self.raw,
+                c"ZREMRANGEBYRANK".as_ptr(),
+                c"Sscc".as_ptr(),
+                key.as_ptr(),
+                c"1".as_ptr(),
+                c"0".as_ptr()
+            ))
         });
-        reply.is_some()
+        if reply.is_some() {
+            return Permit::Granted;
+        }
+        match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EPERM | libc::ENETDOWN | libc::EROFS) => Permit::Elsewhere,
+            _ => Permit::NotNow,
+        }
     }
 
     fn has_flag(&self, any_of: u32) -> bool {

@@ -30,7 +30,7 @@ pub trait Listener {
     /// The server has slept, and now looks what its clients have sent: all replies of the turn
     /// before are on their way, and the clients that could not get theirs are closed. Only told
     /// after [`listen_for_waiters`].
-    fn turned();
+    fn turned(ctx: &Context);
 }
 
 /// Starts to tell of changed keys and of turns, until the module is unloaded. That costs every
@@ -181,6 +181,6 @@ unsafe extern "C" fn turned<L: Listener>(
     if when == raw::REDISMODULE_SUBEVENT_EVENTLOOP_AFTER_SLEEP {
         // SAFETY: the server's context of the call at hand.
         let ctx = unsafe { Context::new(ctx) };
-        contained(&ctx, L::turned);
+        contained(&ctx, || L::turned(&ctx));
     }
 }

@@ -13,6 +13,7 @@
 //! | file | what it wraps |
 //! | --- | --- |
 //! | `api.rs` | the server's functions, checked at load |
+//! | `clock.rs` | time that runs forward inside a transaction |
 //! | `context.rs` | one call into the module: clock, log, arguments, replies |
 //! | `command.rs` | registering a command with its documentation, and the way in |
 //! | `blocked.rs` | clients that wait for their reply |
@@ -23,6 +24,7 @@
 #[macro_use]
 mod api;
 mod blocked;
+mod clock;
 mod command;
 mod context;
 mod events;
@@ -31,6 +33,6 @@ mod sorted_set;
 
 pub use blocked::{BlockedClient, Blocking};
 pub use command::{Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
-pub use context::{Context, OwnedStr, Str};
+pub use context::{Context, OwnedStr, Permit, Str};
 pub use events::{listen_for_waiters, Listener, Timer};
 pub use sorted_set::{count_after, score_of_rank, NotOpened, ReadSet, SortedSet};

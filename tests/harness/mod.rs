@@ -10,12 +10,14 @@
 
 #![allow(dead_code)] // Each test binary uses its own part of this.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -64,7 +66,11 @@ pub struct Server {
     pub port: u16,
     folder: TempDir,
     options: Vec<String>,
+    clock: Option<Clock>,
 }
+
+/// All that a server holds: by database and key, the type, the value, the expiry.
+pub type Contents = BTreeMap<(u32, Vec<u8>), (String, Value, i64)>;
 
 impl Server {
     /// Starts a server with the module and nothing else of note.
@@ -80,7 +86,23 @@ impl Server {
 
     /// Starts a server without the module.
     pub fn start_bare(options: &[&str]) -> Self {
-        Self::launch(options.iter().map(ToString::to_string).collect())
+        let options: Vec<_> = options.iter().map(ToString::to_string).collect();
+        Self::launch(&options, None, |_| ())
+    }
+
+    /// Starts a server with the module, whose system clock can be set.
+    pub fn start_with_clock(options: &[&str]) -> Self {
+        let module = module().to_str().expect("a path in UTF-8");
+        let options = [&["--loadmodule", module], options].concat();
+        let options: Vec<_> = options.iter().map(ToString::to_string).collect();
+        Self::launch(&options, Some(Clock::new()), |_| ())
+    }
+
+    /// Starts a server without the module on a copy of the AOF or RDB file that this one has
+    /// written so far, as `options` tell it.
+    pub fn replay(&self, options: &[&str]) -> Self {
+        let options: Vec<_> = options.iter().map(ToString::to_string).collect();
+        Self::launch(&options, None, |folder| copy(self.folder.path(), folder))
     }
 
     /// Starts a server with a configuration file, and nothing added but port, folder and log.
@@ -88,18 +110,26 @@ impl Server {
         Self::start_bare(&[file.to_str().expect("a path in UTF-8")])
     }
 
-    fn launch(options: Vec<String>) -> Self {
+    fn launch(options: &[String], clock: Option<Clock>, prepare: impl Fn(&Path)) -> Self {
         // Another process may take the port between our look and the server's: try again then.
         for _ in 0..20 {
             let folder = TempDir::new().expect("a temporary folder");
+            prepare(folder.path());
             let port = free_port();
-            let process = spawn(&folder, port, &options);
-            let mut server = Self { process, port, folder, options: options.clone() };
+            let mut options = options.to_vec();
+            if options.iter().any(|option| option == "--cluster-enabled") {
+                // Its own choice, 10,000 more, may be taken, or no port at all.
+                options.extend(["--cluster-port".into(), free_port().to_string()]);
+            }
+            let process = spawn(&folder, port, &options, clock.as_ref());
+            let mut server = Self { process, port, folder, options, clock: clock.clone() };
             if server.comes_up() {
                 return server;
             }
             let log = server.log();
-            assert!(log.contains("Address already in use"), "the server did not start:\n{log}");
+            let port_was_taken =
+                log.contains("Address already in use") || log.contains("Failed listening on port");
+            assert!(port_was_taken, "the server did not start:\n{log}");
         }
         panic!("no free port");
     }
@@ -146,12 +176,71 @@ impl Server {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
-    /// Kills it as `kill -9` does, and starts it again in the same folder.
-    pub fn kill_and_restart(&mut self) {
+    /// Everything it holds.
+    pub fn contents(&self) -> Contents {
+        let mut client = self.client();
+        let mut contents = Contents::new();
+        let keyspace = client.text("INFO keyspace");
+        let dbs = keyspace.lines().filter_map(|line| line.strip_prefix("db")?.split(':').next());
+        for db in dbs.map(|db| db.parse::<u32>().expect("a number")) {
+            client.call(&format!("SELECT {db}"));
+            let Value::Array(keys) = client.call("KEYS *") else { panic!("no keys") };
+            for key in keys {
+                let Value::BulkString(key) = key else { panic!("{key:?} is no key") };
+                let kind = string(&client.run(&[b"TYPE", key.as_slice()]));
+                let value = match kind.as_str() {
+                    "zset" => {
+                        let args: [&[u8]; 5] = [b"ZRANGE", &key, b"0", b"-1", b"WITHSCORES"];
+                        client.run(&args)
+                    }
+                    "string" => client.run(&[b"GET", key.as_slice()]),
+                    "none" => continue, // It has expired between the two looks.
+                    other => panic!("{other} is not expected here"),
+                };
+                let Value::Int(expiry_ms) = client.run(&[b"PEXPIRETIME", key.as_slice()]) else {
+                    panic!("no expiry")
+                };
+                contents.insert((db, key), (kind, value, expiry_ms));
+            }
+        }
+        contents
+    }
+
+    /// Kills it as `kill -9` does.
+    pub fn kill(&mut self) {
         self.process.kill().expect("to kill the server");
         self.process.wait().expect("to reap the server");
-        self.process = spawn(&self.folder, self.port, &self.options);
+    }
+
+    /// Starts it again after a kill, on the same port and in the same folder.
+    pub fn restart(&mut self) {
+        self.process = spawn(&self.folder, self.port, &self.options, self.clock.as_ref());
         assert!(self.comes_up(), "the server did not start again:\n{}", self.log());
+    }
+
+    /// The two in one.
+    pub fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart();
+    }
+
+    /// Stops the process in its tracks, or lets it go on: as a machine that stands still, or a
+    /// network that does.
+    pub fn signal(&self, signal: Signal) {
+        let name = match signal {
+            Signal::Freeze => "-STOP",
+            Signal::Thaw => "-CONT",
+        };
+        let pid = self.process.id().to_string();
+        let status = Command::new("kill").args([name, &pid]).status().expect("kill");
+        assert!(status.success(), "kill {name}");
+    }
+
+    /// Sets the server's system clock to so many milliseconds from the real time.
+    pub fn set_clock(&self, offset_ms: i64) {
+        let clock = self.clock.as_ref().expect("a server started with a clock");
+        let file = fs::File::options().write(true).open(&clock.file).expect("the clock's file");
+        file.write_all_at(&offset_ms.to_ne_bytes(), 0).expect("to set the clock");
     }
 
     /// The same, but from now on it runs without the module.
@@ -190,6 +279,43 @@ impl Server {
 pub const AOF: [&str; 6] =
     ["--appendonly", "yes", "--appendfsync", "always", "--aof-use-rdb-preamble", "no"];
 
+/// What [`Server::signal`] does.
+#[derive(Clone, Copy)]
+pub enum Signal {
+    Freeze,
+    Thaw,
+}
+
+/// A clock that can be set, by a library that is loaded into the server.
+#[derive(Clone)]
+struct Clock {
+    library: &'static Path,
+    file: PathBuf,
+    _folder: Arc<TempDir>,
+}
+
+impl Clock {
+    fn new() -> Self {
+        static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+        let library = LIBRARY.get_or_init(|| {
+            let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/clock.c");
+            let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+            let library = folder.join(format!("clock-{}.so", std::process::id()));
+            let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
+            let built = Command::new(compiler)
+                .args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"])
+                .args([library.as_path(), Path::new(source)])
+                .status();
+            assert!(built.expect("a C compiler").success(), "{source} does not compile");
+            library
+        });
+        let folder = TempDir::new().expect("a temporary folder");
+        let file = folder.path().join("clock");
+        fs::write(&file, 0_i64.to_ne_bytes()).expect("the clock's file");
+        Self { library, file, _folder: Arc::new(folder) }
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         let died = !self.is_running();
@@ -201,11 +327,28 @@ impl Drop for Server {
     }
 }
 
-fn spawn(folder: &TempDir, port: u16, options: &[String]) -> Child {
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).expect("a folder") {
+        let entry = entry.expect("a file");
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if source.is_dir() {
+            fs::create_dir(&target).expect("a folder");
+            copy(&source, &target);
+        } else if source.file_name().is_none_or(|name| name != "log") {
+            fs::copy(&source, &target).expect("to copy a file");
+        }
+    }
+}
+
+fn spawn(folder: &TempDir, port: u16, options: &[String], clock: Option<&Clock>) -> Child {
     // A configuration file comes first, or not at all.
     let has_file = options.first().is_some_and(|option| !option.starts_with("--"));
     let (file, options) = options.split_at(usize::from(has_file));
-    Command::new(server_program())
+    let mut command = Command::new(server_program());
+    if let Some(clock) = clock {
+        command.env("LD_PRELOAD", clock.library).env("TEST_CLOCK", &clock.file);
+    }
+    command
         .args(file)
         .args(["--port", &port.to_string(), "--save", "", "--logfile", "log"])
         .args(["--enable-debug-command", "yes", "--enable-module-command", "yes"])
