@@ -41,6 +41,11 @@ const REFUSED_RETRY_MS: i64 = 10;
 /// slot go without a word.
 const CLUSTER_PROBE_MS: i64 = 500;
 
+/// How much later than it should the timer may ring. More means that the system's clock was set.
+/// The server starts its timers by that clock and ends them by another, so such a timer would ring
+/// as much too late as the clock was moved, in either direction.
+const CLOCK_STEP_MS: i64 = 100;
+
 /// How many leases are taken back, and lines served, before the server gets to its clients again.
 const WORK_A_TURN: usize = 200;
 
@@ -421,19 +426,21 @@ impl Listener for Pump {
 
     fn turned(ctx: &Context) {
         let now_ms = ctx.now_ms();
-        let was_set_back = with(|hall| {
+        let overdue = with(|hall| {
             for (_, tie) in std::mem::take(&mut hall.unproven) {
                 hall.ties.cut_unless_lost(tie);
             }
-            let was_set_back = hall.timer.as_ref().is_some_and(|timer| now_ms < timer.set_ms);
-            if was_set_back {
-                hall.not_before_ms = i64::MIN;
-                hall.lines.touch_database(None);
-            }
-            was_set_back
+            let clock_was_set = |timer: &mut SetTimer| {
+                let late_ms = now_ms.saturating_sub(timer.rings_ms);
+                now_ms < timer.set_ms || late_ms > CLOCK_STEP_MS
+            };
+            let overdue = hall.timer.take_if(clock_was_set)?;
+            hall.not_before_ms = i64::MIN;
+            hall.lines.touch_database(None);
+            Some(overdue.timer)
         });
-        if was_set_back {
-            // The server's timers go by the clock: this one would ring as late as it was set back.
+        if let Some(timer) = overdue {
+            timer.stop(ctx);
             set_timer(ctx);
         }
     }

@@ -32,6 +32,16 @@ fn arguments_are_refused_with_a_line_in_the_log() {
 }
 
 #[test]
+fn a_server_that_renamed_what_the_module_needs_is_refused_with_a_line_in_the_log() {
+    let server = Server::start_bare(&["--rename-command", "ZREMRANGEBYSCORE", "prune"]);
+    let mut client = server.client();
+    let reply = client.run(&["MODULE", "LOAD", module().to_str().unwrap()]);
+    assert!(matches!(reply, Value::ServerError(_)), "{reply:?}");
+    let why = "not loaded: rename-command took away ZREMRANGEBYSCORE";
+    assert!(server.log().contains(why), "{}", server.log());
+}
+
+#[test]
 fn replicas_may_still_load_by_swap_without_a_disk() {
     // A module that does not say it can bear it turns swapdb off for the whole server: the log
     // of a replica that syncs then says so, and it answers LOADING instead of old data.

@@ -289,28 +289,22 @@ pub enum Signal {
 /// A clock that can be set, by a library that is loaded into the server.
 #[derive(Clone)]
 struct Clock {
-    library: &'static Path,
+    library: PathBuf,
     file: PathBuf,
     _folder: Arc<TempDir>,
 }
 
 impl Clock {
     fn new() -> Self {
-        static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-        let library = LIBRARY.get_or_init(|| {
-            let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/clock.c");
-            let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-            let library = folder.join(format!("clock-{}.so", std::process::id()));
-            let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
-            let built = Command::new(compiler)
-                .args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"])
-                .args([library.as_path(), Path::new(source)])
-                .status();
-            assert!(built.expect("a C compiler").success(), "{source} does not compile");
-            library
-        });
         let folder = TempDir::new().expect("a temporary folder");
-        let file = folder.path().join("clock");
+        let (library, file) = (folder.path().join("clock.so"), folder.path().join("clock"));
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/clock.c");
+        let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
+        let built = Command::new(compiler)
+            .args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"])
+            .args([library.as_path(), Path::new(source)])
+            .status();
+        assert!(built.expect("a C compiler").success(), "{source} does not compile");
         fs::write(&file, 0_i64.to_ne_bytes()).expect("the clock's file");
         Self { library, file, _folder: Arc::new(folder) }
     }
@@ -346,7 +340,7 @@ fn spawn(folder: &TempDir, port: u16, options: &[String], clock: Option<&Clock>)
     let (file, options) = options.split_at(usize::from(has_file));
     let mut command = Command::new(server_program());
     if let Some(clock) = clock {
-        command.env("LD_PRELOAD", clock.library).env("TEST_CLOCK", &clock.file);
+        command.env("LD_PRELOAD", &clock.library).env("TEST_CLOCK", &clock.file);
     }
     command
         .args(file)
