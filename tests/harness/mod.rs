@@ -214,6 +214,7 @@ impl Server {
 
     /// Starts it again after a kill, on the same port and in the same folder.
     pub fn restart(&mut self) {
+        self.process.wait().expect("to reap the server");
         self.process = spawn(&self.folder, self.port, &self.options, self.clock.as_ref());
         assert!(self.comes_up(), "the server did not start again:\n{}", self.log());
     }
@@ -224,10 +225,11 @@ impl Server {
         self.restart();
     }
 
-    /// Stops the process in its tracks, or lets it go on: as a machine that stands still, or a
-    /// network that does.
+    /// Kills the process, stops it in its tracks, or lets it go on: as a machine that stands still,
+    /// or a network that does.
     pub fn signal(&self, signal: Signal) {
         let name = match signal {
+            Signal::Kill => "-KILL",
             Signal::Freeze => "-STOP",
             Signal::Thaw => "-CONT",
         };
@@ -282,6 +284,7 @@ pub const AOF: [&str; 6] =
 /// What [`Server::signal`] does.
 #[derive(Clone, Copy)]
 pub enum Signal {
+    Kill,
     Freeze,
     Thaw,
 }
