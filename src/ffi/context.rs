@@ -151,22 +151,24 @@ impl Context {
     #[must_use]
     pub fn write_permit(&self, key: Str<'_>) -> Permit {
         // A write that changes nothing, since its range is empty. In script mode ("S") the server
-        // refuses it as it would refuse a client's, and errno tells why.
-        // SAFETY: "Sscc" takes a string and two texts ending with NUL.
+        // refuses it as it would refuse a client's, and errno tells why. Without "E", which has it
+        // said in words as well, Valkey 9 looks for the words that are not there, and crashes.
+        // SAFETY: "SEscc" takes a string and two texts ending with NUL.
         let reply = CallReply::new(unsafe {
             api!(RedisModule_Call(
                 self.raw,
                 c"ZREMRANGEBYRANK".as_ptr(),
-                c"Sscc".as_ptr(),
+                c"SEscc".as_ptr(),
                 key.as_ptr(),
                 c"1".as_ptr(),
                 c"0".as_ptr()
             ))
         });
-        if reply.is_some() {
+        let errno = io::Error::last_os_error().raw_os_error();
+        if reply.is_some_and(|reply| !reply.is_refusal()) {
             return Permit::Granted;
         }
-        match io::Error::last_os_error().raw_os_error() {
+        match errno {
             Some(libc::EPERM | libc::ENETDOWN | libc::EROFS) => Permit::Elsewhere,
             _ => Permit::NotNow,
         }

@@ -23,7 +23,15 @@ impl CallReply {
         .and_then(|integer| u64::try_from(integer).ok())
     }
 
-    /// The text of a string.
+    /// Whether the command was refused: an error that is not about the key.
+    pub fn is_refusal(&self) -> bool {
+        // SAFETY: the reply is valid until dropped.
+        let kind = unsafe { api!(RedisModule_CallReplyType(self.0.as_ptr())) };
+        kind as isize == raw::REDISMODULE_REPLY_ERROR
+            && !self.text().is_some_and(|text| text.starts_with("WRONGTYPE"))
+    }
+
+    /// The text of a string or an error.
     pub fn text(&self) -> Option<&str> {
         // SAFETY: the reply is valid until dropped.
         unsafe { text_of(self.0.as_ptr()) }
