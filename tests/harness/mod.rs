@@ -110,6 +110,14 @@ impl Server {
         Self::start_bare(&[file.to_str().expect("a path in UTF-8")])
     }
 
+    /// Starts a sentinel that does as `rules` say, the text of its configuration file.
+    pub fn start_sentinel(rules: &str) -> Self {
+        let options = ["sentinel.conf", "--sentinel"].map(ToString::to_string);
+        Self::launch(&options, None, |folder| {
+            fs::write(folder.join("sentinel.conf"), rules).expect("the sentinel's rules");
+        })
+    }
+
     fn launch(options: &[String], clock: Option<Clock>, prepare: impl Fn(&Path)) -> Self {
         // Another process may take the port between our look and the server's: try again then.
         for _ in 0..20 {
@@ -173,7 +181,12 @@ impl Server {
 
     /// What the server wrote to its log.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Where it writes a file of this name.
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.folder.path().join(file)
     }
 
     /// Everything it holds.
@@ -370,6 +383,13 @@ pub struct Client {
 }
 
 impl Client {
+    /// A connection that is given up when a reply takes longer than `patience`.
+    pub fn connect(port: u16, patience: Duration) -> std::io::Result<Self> {
+        let client = Self::over(TcpStream::connect(("127.0.0.1", port))?);
+        client.stream.set_read_timeout(Some(patience))?;
+        Ok(client)
+    }
+
     fn over(stream: TcpStream) -> Self {
         stream.set_nodelay(true).expect("TCP_NODELAY");
         stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
