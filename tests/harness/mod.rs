@@ -192,6 +192,7 @@ impl Server {
     /// Everything it holds.
     pub fn contents(&self) -> Contents {
         let mut client = self.client();
+        client.call("READONLY"); // A replica in a cluster reads only then; elsewhere an error.
         let mut contents = Contents::new();
         let keyspace = client.text("INFO keyspace");
         let dbs = keyspace.lines().filter_map(|line| line.strip_prefix("db")?.split(':').next());
