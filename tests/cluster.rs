@@ -26,7 +26,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
-use harness::{error_text, wait_until, Client, Server, Signal};
+use harness::{error_text, ints, wait_until, Client, Server, Signal};
 use redis::Value;
 
 const ONE: Value = Value::Int(1);
@@ -36,6 +36,13 @@ const LET_GO: Duration = Duration::from_secs(1);
 
 /// What the server's whole milliseconds may take off the end of a lease.
 const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// Options for a cluster whose replicas take over only when they are told to, so that a slow machine
+/// is not taken for a dead one.
+const CALM: [&str; 4] = ["--cluster-node-timeout", "2000", "--cluster-replica-no-failover", "yes"];
+
+const WORKERS: usize = 30;
+const ROUNDS: usize = 3;
 
 /// At most two clusters run at a time: each test takes one of these.
 static LANES: [Mutex<()>; 2] = [const { Mutex::new(()) }; 2];
@@ -89,7 +96,7 @@ impl Cluster {
             let member = Member {
                 id: fields[0].into(),
                 master_id: (fields[3] != "-").then(|| fields[3].into()),
-                flags: fields[2].replace("myself,", ""),
+                flags: fields[2].replace("myself,", "").replace(",nofailover", ""),
                 epoch: fields[6].into(),
                 slots: slots.map(range).collect(),
             };
@@ -355,7 +362,11 @@ impl Follower {
                     self.found.insert(prefix.into(), target());
                 }
                 "ASK" => asks = Some(target()),
-                "TRYAGAIN" | "CLUSTERDOWN" | "UNBLOCKED" => thread::sleep(MILLISECOND),
+                "TRYAGAIN" | "CLUSTERDOWN" => thread::sleep(MILLISECOND),
+                "UNBLOCKED" => {
+                    // A server that turns into a replica closes the connection after this.
+                    self.connections.remove(&port);
+                }
                 _ => panic!("{args:?}: {error}"),
             }
             assert!(waits || started.elapsed() < harness::DEADLINE, "{args:?}: {error}");
@@ -490,31 +501,29 @@ fn a_waiter_whose_slot_is_leaving_is_let_go_and_granted_nothing() {
 
     // The limiter is gone from here, one way or another, while the slot is still being moved: who
     // asks for it now is sent to the new owner, and so is the waiter.
-    let ends: [(&str, fn(&Cluster, &Line, usize, usize)); 5] = [
-        ("migrated", |cluster, line, from, to| cluster.migrate_keys(line.slot, from, to)),
-        ("released", |cluster, line, from, _| {
-            let release = format!("LIMITER.RELEASE {} a", line.prefix);
-            assert_eq!(cluster.nodes[from].client().int(&release), 1);
-        }),
-        ("deleted", |cluster, line, from, _| {
-            assert_eq!(cluster.nodes[from].client().int(&format!("DEL {}", line.prefix)), 1);
-        }),
-        ("expired", |cluster, line, from, _| {
-            let expire = format!("PEXPIRE {} 50", line.prefix);
-            assert_eq!(cluster.nodes[from].client().int(&expire), 1);
-        }),
-        ("deleted and released in a transaction", |cluster, line, from, _| {
-            let mut client = cluster.nodes[from].client();
-            for command in ["MULTI", "DEL p", "LIMITER.RELEASE p a", "EXEC"] {
-                client.call(&command.replace('p', &line.prefix));
-            }
-        }),
-    ];
-    for (what, end) in ends {
+    for what in ["migrated", "released", "deleted", "expired", "deleted in a transaction"] {
         let mut line = Line::on(old, &tags.next().unwrap());
         cluster.move_slot(line.slot, from, to, || {
             assert!(!line.waiter.has_reply(), "{what}: nothing has happened yet");
-            end(&cluster, &line, from, to);
+            let prefix = &line.prefix;
+            let done = match what {
+                "migrated" => {
+                    cluster.migrate_keys(line.slot, from, to);
+                    ONE
+                }
+                "released" => on_old.call(&format!("LIMITER.RELEASE {prefix} a")),
+                "deleted" => on_old.call(&format!("DEL {prefix}")),
+                "expired" => on_old.call(&format!("PEXPIRE {prefix} 50")),
+                _ => {
+                    ok(&mut on_old, "MULTI");
+                    on_old.call(&format!("DEL {prefix}"));
+                    on_old.call(&format!("LIMITER.RELEASE {prefix} a"));
+                    let replies = on_old.call("EXEC");
+                    assert_eq!(replies, ints(&[1, 0]));
+                    ONE
+                }
+            };
+            assert_eq!(done, ONE, "{what}");
             line.check_let_go(what);
             // Redis deletes what has expired when it gets to it.
             wait_until("nothing is left", || keys_in(old, line.slot) == 0);
@@ -533,7 +542,7 @@ fn a_waiter_whose_slot_is_leaving_is_let_go_and_granted_nothing() {
 
     // While the limiter is still here its line is served here, and what was granted moves on.
     let mut line = Line::on(old, &tags.next().unwrap());
-    let mut second = old.waiter(&format!("LIMITER.BACQUIRE {} c 1 450 0", line.prefix));
+    let second = old.waiter(&format!("LIMITER.BACQUIRE {} c 1 450 0", line.prefix));
     cluster.move_slot(line.slot, from, to, || {
         assert_eq!(on_old.int(&format!("LIMITER.RENEW {} a 0.05", line.prefix)), 1);
         assert_eq!(line.waiter.receive(), ONE, "after a lapse");
@@ -576,5 +585,456 @@ fn a_waiter_whose_slot_is_leaving_is_let_go_and_granted_nothing() {
     cluster.check_nowhere_else(line.slot);
 
     assert_eq!(old.blocked(), 0);
+    assert!(cluster.nodes.iter_mut().all(Server::is_running));
+}
+
+/// A limiter in the storm.
+struct Limiter {
+    prefix: String,
+    limit: usize,
+}
+
+/// What the clients of a storm saw.
+#[derive(Default)]
+struct Records {
+    /// By prefix, from when to when a lease was certainly held.
+    leases: Mutex<HashMap<String, Vec<(Instant, Instant)>>>,
+    lost: Mutex<Vec<String>>,
+    checked: Mutex<usize>,
+    attempts: Mutex<Vec<Attempt>>,
+    /// Which slot left which node, and when at the latest.
+    departures: Mutex<Vec<(u16, u16, Instant)>>,
+    over: AtomicBool,
+}
+
+impl Records {
+    fn departed(&self, slots: impl IntoIterator<Item = u16>, from: &Server) {
+        let at = Instant::now();
+        let departures = slots.into_iter().map(|slot| (slot, from.port, at));
+        self.departures.lock().unwrap().extend(departures);
+    }
+}
+
+/// Ends the storm, however the disturbance ends.
+struct End<'r>(&'r AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A client in the storm.
+struct Worker<'s> {
+    follower: Follower,
+    limiters: &'s [Limiter],
+    records: &'s Records,
+    rng: Rng,
+    name: usize,
+}
+
+impl Worker<'_> {
+    fn run(mut self) {
+        for serial in 0.. {
+            if self.records.over.load(Ordering::Relaxed) {
+                break;
+            }
+            self.one_lease(serial);
+        }
+        self.records.attempts.lock().unwrap().append(&mut self.follower.attempts);
+    }
+
+    fn one_lease(&mut self, serial: usize) {
+        let Limiter { prefix, limit } = &self.limiters[self.rng.usize(..self.limiters.len())];
+        let key = format!("{}-{serial}", self.name);
+        let is_forgotten = self.rng.u8(0..8) == 0;
+        let ttl_ms = if is_forgotten { self.rng.u64(50..400) } else { 9_000 };
+        let ttl = format!("{:.3}", ttl_ms as f64 / 1000.0);
+        let mut acquire = format!("LIMITER.ACQUIRE {prefix} {key} {limit} {ttl}");
+        if self.rng.u8(0..4) > 0 {
+            let timeout = [0.0, 0.2, 1.0][self.rng.usize(0..3)];
+            acquire = format!("LIMITER.BACQUIRE {prefix} {key} {limit} {ttl} {timeout}");
+        }
+        if !is_forgotten && self.rng.u8(0..4) == 0 {
+            acquire += " EPHEMERAL"; // Its connection stays open: nobody waits on it meanwhile.
+        }
+        let (reply, sent) = self.follower.run(&acquire.split(' ').collect::<Vec<_>>());
+        let replied = Instant::now();
+        match reply {
+            Value::Int(1) => {}
+            Value::Int(0) => return,
+            other => panic!("{acquire}: {other:?}"),
+        }
+
+        let mut held_until = sent + Duration::from_millis(ttl_ms) - MILLISECOND;
+        if is_forgotten {
+            return self.note(prefix, (replied, held_until));
+        }
+        for _ in 0..self.rng.u8(0..3) {
+            thread::sleep(Duration::from_millis(self.rng.u64(0..80)));
+            let sent = Instant::now();
+            let renewed = self.follower.int(&format!("LIMITER.RENEW {prefix} {key} {ttl}"));
+            self.judge("RENEW", prefix, &key, renewed, held_until);
+            held_until = sent + Duration::from_millis(ttl_ms) - MILLISECOND;
+        }
+        thread::sleep(Duration::from_millis(self.rng.u64(0..80)));
+        self.note(prefix, (replied, Instant::now().min(held_until)));
+        let released = self.follower.int(&format!("LIMITER.RELEASE {prefix} {key}"));
+        self.judge("RELEASE", prefix, &key, released, held_until);
+    }
+
+    fn note(&self, prefix: &str, certainly: (Instant, Instant)) {
+        self.records.leases.lock().unwrap().entry(prefix.into()).or_default().push(certainly);
+    }
+
+    /// Was the lease there, if it was certainly held?
+    fn judge(&self, command: &str, prefix: &str, key: &str, found: i64, held_until: Instant) {
+        let now = Instant::now();
+        if now < held_until {
+            *self.records.checked.lock().unwrap() += 1;
+            if found != 1 {
+                let line = format!("{command} {prefix} {key}: {:?} early", held_until - now);
+                self.records.lost.lock().unwrap().push(line);
+            }
+        }
+    }
+}
+
+/// Leases nobody touches in the storm, and a full limiter with somebody in line.
+struct Still {
+    tag: String,
+    leases: Vec<(String, f64)>,
+    expiry_ms: i64,
+}
+
+impl Still {
+    fn begin(cluster: &Cluster, tag: &str, rng: &mut Rng) -> Self {
+        let mut client = cluster.nodes[cluster.owner(slot_of(tag))].client();
+        client.int(&format!("DEL {tag}.still"));
+        if rng.bool() {
+            assert_eq!(client.int(&format!("ZADD {tag}.still inf never")), 1);
+        }
+        for serial in 0..rng.u32(1..6) {
+            let ttl = rng.u32(100_000..900_000);
+            let ttl = format!("{}.{:03}", ttl / 1000, ttl % 1000);
+            assert_eq!(client.int(&format!("LIMITER.ACQUIRE {tag}.still {serial} 9 {ttl}")), 1);
+        }
+        assert_eq!(client.int(&format!("LIMITER.ACQUIRE {tag}.full keeper 1 450")), 1);
+        let (leases, expiry_ms) = Self::read(&mut client, tag);
+        Self { tag: tag.into(), leases, expiry_ms }
+    }
+
+    fn read(client: &mut Client, tag: &str) -> (Vec<(String, f64)>, i64) {
+        let prefix = format!("{tag}.still");
+        (client.members(&prefix), client.int(&format!("PEXPIRETIME {prefix}")))
+    }
+
+    fn check(&self, cluster: &Cluster) {
+        let slot = slot_of(&self.tag);
+        let mut client = cluster.nodes[cluster.owner(slot)].client();
+        let (leases, expiry_ms) = Self::read(&mut client, &self.tag);
+        assert_eq!(leases, self.leases, "slot {slot}");
+        // MIGRATE sends the time that is left, and so adds what it takes itself.
+        let later_ms = expiry_ms - self.expiry_ms;
+        assert!((0..1000).contains(&later_ms), "slot {slot}: it expires {later_ms} ms later");
+        cluster.check_nowhere_else(slot);
+    }
+
+    /// Stands in line until the keeper leaves, wherever the limiter is.
+    fn wait(&self, mut follower: Follower, records: &Records) {
+        assert_eq!(follower.int(&format!("LIMITER.BACQUIRE {}.full sitter 1 450 0", self.tag)), 1);
+        assert_eq!(follower.int(&format!("LIMITER.RELEASE {}.full sitter", self.tag)), 1);
+        records.attempts.lock().unwrap().append(&mut follower.attempts);
+    }
+
+    fn wait_for_line(&self, node: &Server) {
+        let mut client = node.client();
+        let state = format!("LIMITER.ACQUIRE {}.full nobody 0 1 WITHSTATE", self.tag);
+        wait_until(
+            "somebody stands in line",
+            || matches!(client.call(&state), Value::Array(state) if state[3] == ONE),
+        );
+    }
+
+    fn end(&self, follower: &mut Follower) {
+        assert_eq!(follower.int(&format!("LIMITER.RENEW {}.full keeper 450", self.tag)), 1);
+        assert_eq!(follower.int(&format!("LIMITER.RELEASE {}.full keeper", self.tag)), 1);
+    }
+}
+
+/// Lets clients loose on limiters with these tags while something happens to the cluster, and
+/// judges what they saw.
+fn storm(
+    cluster: &Cluster,
+    tags: &[String],
+    rng: &mut Rng,
+    disturb: impl FnOnce(&[Still], &Records, &mut Rng),
+) {
+    let records = Records::default();
+    let limiter =
+        |(at, tag): (usize, &String)| Limiter { prefix: format!("{tag}.busy"), limit: 1 + at % 2 };
+    let limiters: Vec<_> = tags.iter().enumerate().map(limiter).collect();
+    let stills: Vec<_> = tags.iter().map(|tag| Still::begin(cluster, tag, rng)).collect();
+    thread::scope(|scope| {
+        for name in 0..WORKERS {
+            let (follower, rng) = (Follower::new(cluster), rng.fork());
+            let (limiters, records) = (limiters.as_slice(), &records);
+            scope.spawn(move || Worker { follower, limiters, records, rng, name }.run());
+        }
+        for still in &stills {
+            let (follower, records) = (Follower::new(cluster), &records);
+            scope.spawn(move || still.wait(follower, records));
+        }
+        let _end = End(&records.over);
+        disturb(&stills, &records, rng);
+        let mut follower = Follower::new(cluster);
+        for still in &stills {
+            still.check(cluster);
+            still.end(&mut follower);
+        }
+    });
+    judge(&limiters, &records);
+    for node in &cluster.nodes {
+        assert_eq!(node.blocked(), 0, "nobody is left in a line");
+    }
+}
+
+/// How many of these intervals are open at most at once.
+fn most_at_once(intervals: &[(Instant, Instant)]) -> usize {
+    let mut changes: Vec<(Instant, i32)> = intervals
+        .iter()
+        .filter(|(from, to)| from < to)
+        .flat_map(|(from, to)| [(*from, 1), (*to, -1)])
+        .collect();
+    // At the same instant one ends before the next begins.
+    changes.sort();
+    let open = changes.iter().scan(0, |open, (_, change)| {
+        *open += change;
+        Some(*open as usize)
+    });
+    open.max().unwrap_or(0)
+}
+
+fn judge(limiters: &[Limiter], records: &Records) {
+    let lost = records.lost.lock().unwrap();
+    assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
+
+    let leases = records.leases.lock().unwrap();
+    for Limiter { prefix, limit } in limiters {
+        let most = most_at_once(&leases[prefix]);
+        assert!(most <= *limit, "{prefix}: {most} held at once, of {limit}");
+        assert_eq!(most, *limit, "{prefix}: the limit was never reached, so nothing was tried");
+    }
+
+    let attempts = records.attempts.lock().unwrap();
+    let mut longest = Duration::ZERO;
+    for (slot, port, at) in records.departures.lock().unwrap().iter() {
+        let waits = || attempts.iter().filter(|a| a.waits && (a.slot, a.port) == (*slot, *port));
+        for stayed in waits().filter(|a| a.sent < *at && a.replied > *at) {
+            longest = longest.max(stayed.replied - *at);
+        }
+        let let_go = waits().filter(|a| a.sent < *at && a.error.as_deref().is_some_and(is_let_go));
+        assert!(let_go.count() > 0, "slot {slot}: nobody was let go");
+    }
+    assert!(longest < LET_GO, "a waiter stayed for {longest:?} where its slot was no more");
+
+    let mut errors = BTreeMap::new();
+    for attempt in attempts.iter() {
+        let what = if attempt.waits { "waiting" } else { "at once" };
+        if let Some(error) = &attempt.error {
+            let code = error.split(' ').next().unwrap_or_default();
+            *errors.entry((what, code)).or_insert(0) += 1;
+        }
+    }
+    println!(
+        "{} departures, {} leases, {} checked, none lost, {errors:?}, longest stay {longest:?}",
+        records.departures.lock().unwrap().len(),
+        leases.values().map(Vec::len).sum::<usize>(),
+        records.checked.lock().unwrap(),
+    );
+}
+
+/// The slots that redis-cli moves in one go.
+const LOWEST: u16 = 5;
+
+#[test]
+fn slots_move_under_load_with_leases_and_lines() {
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut cluster = Cluster::start(1, &CALM);
+    let tag_of = |slot: u16| tag_in(slot..slot + 1);
+    let lowest: Vec<_> = (0..LOWEST).map(tag_of).collect();
+    let by_hand: Vec<_> = (0..5).map(|part| tag_of(rng.u16(100..3000) + part * 3000)).collect();
+    let tags = [lowest, by_hand].concat();
+    for _ in 0..ROUNDS {
+        storm(&cluster, &tags, &mut rng, |stills, records, rng| {
+            let other = |from: usize, rng: &mut Rng| {
+                let others: Vec<_> = cluster.masters().into_iter().filter(|n| *n != from).collect();
+                others[rng.usize(..others.len())]
+            };
+            let (lowest, by_hand) = stills.split_at(usize::from(LOWEST));
+
+            let from = cluster.owner(0);
+            lowest.iter().for_each(|still| still.wait_for_line(&cluster.nodes[from]));
+            cluster.reshard(lowest.len(), from, other(from, rng));
+            records.departed(0..LOWEST, &cluster.nodes[from]);
+            cluster.agree();
+            lowest.iter().for_each(|still| still.check(&cluster));
+
+            for still in by_hand {
+                let slot = slot_of(&still.tag);
+                let from = cluster.owner(slot);
+                let to = other(from, rng);
+                still.wait_for_line(&cluster.nodes[from]);
+                cluster.open_window(slot, from, to);
+                // How long the window is open, before and after its keys go.
+                thread::sleep(Duration::from_millis(rng.u64(0..80)));
+                cluster.migrate_keys(slot, from, to);
+                thread::sleep(Duration::from_millis(rng.u64(0..80)));
+                assert_eq!(keys_in(&cluster.nodes[from], slot), 0, "written where it left");
+                cluster.close_window(slot, from, to);
+                records.departed([slot], &cluster.nodes[from]);
+                cluster.agree();
+                still.check(&cluster);
+            }
+        });
+    }
+    cluster.settle();
+    cluster.check_replicas();
+    assert!(cluster.nodes.iter_mut().all(Server::is_running));
+}
+
+#[test]
+fn a_failover_that_was_asked_for_loses_nothing_and_lets_waiters_go() {
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut cluster = Cluster::start(1, &CALM);
+    let tags: Vec<_> = (0..6).map(|part| part * 2730).map(|at| tag_in(at..at + 2730)).collect();
+    for _ in 0..ROUNDS {
+        storm(&cluster, &tags, &mut rng, |stills, records, rng| {
+            let masters = cluster.masters();
+            let master = masters[rng.usize(..masters.len())];
+            let is_there = |still: &&Still| cluster.owner(slot_of(&still.tag)) == master;
+            let there: Vec<_> = stills.iter().filter(is_there).collect();
+            there.iter().for_each(|still| still.wait_for_line(&cluster.nodes[master]));
+            cluster.fail_over(master);
+            let slots = there.iter().map(|still| slot_of(&still.tag));
+            records.departed(slots, &cluster.nodes[master]);
+            cluster.settle();
+            wait_until("the old master has let everybody go", || {
+                cluster.nodes[master].blocked() == 0
+            });
+        });
+    }
+    cluster.check_replicas();
+    assert!(cluster.nodes.iter_mut().all(Server::is_running));
+}
+
+#[test]
+fn after_a_crash_the_replica_goes_on_with_what_was_replicated() {
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut cluster = Cluster::start(0, &["--cluster-node-timeout", "1000"]);
+    for round in 0..2 {
+        let masters = cluster.masters();
+        let dead = masters[rng.usize(..masters.len())];
+        let heir = cluster.replica_of(dead);
+        let slots = cluster.member(dead).slots[0].clone();
+        let half = slots.start + rng.u16(0..slots.len() as u16 / 2);
+        let tag = tag_in(half..slots.end);
+
+        let mut client = cluster.nodes[dead].client();
+        let leases = rng.u32(1..200);
+        for serial in 0..leases {
+            let prefix = format!("{tag}.{}", rng.u8(0..5));
+            let ttl = rng.u32(100..900);
+            let acquire = format!("LIMITER.ACQUIRE {prefix} {round}-{serial} 1000 {ttl}");
+            assert_eq!(client.int(&acquire), 1);
+        }
+        let line = format!("{tag}.line");
+        assert_eq!(client.int(&format!("LIMITER.ACQUIRE {line} a 2 450")), 1);
+        assert_eq!(client.int(&format!("LIMITER.ACQUIRE {line} b 2 450")), 1);
+        let wait = |node: &Server, key: &str| {
+            node.waiter(&format!("LIMITER.BACQUIRE {line} {key} 2 450 0"))
+        };
+        let waiters: Vec<_> =
+            (0..5).map(|serial| wait(&cluster.nodes[dead], &serial.to_string())).collect();
+        assert_eq!(client.int("WAIT 1 5000"), 1, "it is replicated");
+        let contents = cluster.nodes[dead].contents();
+
+        cluster.nodes[dead].kill();
+        for mut waiter in waiters {
+            assert!(waiter.try_receive().is_err(), "its connection breaks");
+        }
+        wait_until("the replica has taken over", || cluster.is_master(heir));
+        assert_eq!(cluster.nodes[heir].contents(), contents, "all that was replicated is there");
+
+        // It goes on: holders hold on, and a line forms anew, which a lapse and a release move.
+        let mut client = cluster.nodes[heir].client();
+        wait_until("it serves", || is_up(&mut client));
+        assert_eq!(client.int(&format!("LIMITER.RENEW {line} a 450")), 1);
+        let mut by_lapse = wait(&cluster.nodes[heir], "0");
+        let mut by_release = wait(&cluster.nodes[heir], "1");
+        assert_eq!(client.int(&format!("LIMITER.RENEW {line} b 0.05")), 1);
+        assert_eq!(by_lapse.receive(), ONE);
+        assert_eq!(client.int(&format!("LIMITER.RELEASE {line} a")), 1);
+        assert_eq!(by_release.receive(), ONE);
+        let held: i64 = (0..5).map(|n| client.int(&format!("LIMITER.COUNT {tag}.{n}"))).sum();
+        assert_eq!(held, i64::from(leases));
+
+        cluster.nodes[dead].restart();
+        cluster.settle();
+        assert_eq!(cluster.replica_of(heir), dead, "it comes back as a replica");
+        cluster.check_replicas();
+        client.call("FLUSHALL");
+        println!("{leases} leases were there after the crash of node {dead}");
+    }
+    assert!(cluster.nodes.iter_mut().all(Server::is_running));
+}
+
+#[test]
+fn while_the_cluster_is_down_nobody_waits_and_nothing_is_granted() {
+    let mut cluster = Cluster::start(1, &["--cluster-node-timeout", "1000"]);
+    let masters = cluster.masters();
+    let (dead, here) = (masters[0], masters[1]);
+    let heir = cluster.replica_of(dead);
+    let (on_dead, on_here) = (tag_on(&cluster, dead), tag_on(&cluster, here));
+    let lease = format!("LIMITER.ACQUIRE {on_dead}.line a 1 450");
+    let mut client = cluster.nodes[dead].client();
+    assert_eq!(client.int(&lease), 1);
+    assert_eq!(client.int("WAIT 1 5000"), 1);
+    let mut line = Line::on(&cluster.nodes[here], &on_here);
+    let second = format!("LIMITER.BACQUIRE {} c 1 450 0", line.prefix);
+    let mut second = cluster.nodes[here].waiter(&second);
+
+    cluster.nodes[heir].signal(Signal::Freeze);
+    cluster.nodes[dead].kill();
+    let mut client = cluster.nodes[here].client();
+    let killed = Instant::now();
+    wait_until("the cluster is down", || !is_up(&mut client));
+    line.check_let_go("while the cluster is down");
+    assert!(is_let_go(&error_text(&second.receive())));
+    println!("let go {:?} after the crash", killed.elapsed());
+    for command in
+        ["ACQUIRE p a 1 450", "BACQUIRE p a 1 450 0", "RELEASE p a", "RENEW p a 450", "COUNT p"]
+    {
+        let command = format!("LIMITER.{}", command.replace(" p", &format!(" {}", line.prefix)));
+        assert!(client.error(&command).starts_with("CLUSTERDOWN"), "{command}");
+    }
+
+    cluster.nodes[heir].signal(Signal::Thaw);
+    wait_until("the replica has taken over", || cluster.is_master(heir));
+    wait_until("the cluster is up", || is_up(&mut client));
+    assert_eq!(client.strings(&format!("ZRANGE {} 0 -1", line.prefix)), ["a"]);
+    line.waiter =
+        cluster.nodes[here].waiter(&format!("LIMITER.BACQUIRE {} b 1 450 0", line.prefix));
+    assert_eq!(client.int(&format!("LIMITER.RELEASE {} a", line.prefix)), 1);
+    assert_eq!(line.waiter.receive(), ONE);
+    let mut on_heir = cluster.nodes[heir].client();
+    wait_until("it serves", || is_up(&mut on_heir));
+    assert_eq!(on_heir.int(&format!("LIMITER.RELEASE {on_dead}.line a")), 1);
+    cluster.nodes[dead].restart();
+    cluster.settle();
+    cluster.check_replicas();
     assert!(cluster.nodes.iter_mut().all(Server::is_running));
 }
