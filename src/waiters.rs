@@ -376,6 +376,7 @@ impl Listener for Pump {
         if ctx.is_read_only_replica() {
             // What is lost on a replica is its master's affair, where the ttl will end it.
             with(|hall| hall.ties.forget_lost());
+            Self::dismiss_all();
         }
         if Self::work(ctx, now_ms).is_err() {
             with(|hall| hall.not_before_ms = now_ms.saturating_add(REFUSED_RETRY_MS));
@@ -457,6 +458,15 @@ impl Pump {
         }
         Self::take_back(ctx, now_ms)?;
         Self::serve_due(ctx, now_ms)
+    }
+
+    /// Lets everybody go. A server that becomes a replica does so itself, but not Valkey 9.1 in a
+    /// cluster.
+    fn dismiss_all() {
+        with(|hall| hall.lines.touch_database(None));
+        while let Some(line) = with(|hall| hall.lines.next_due()) {
+            dismiss(line, Answer::Moved);
+        }
     }
 
     /// Ends the leases whose owner has gone.
