@@ -613,6 +613,12 @@ impl Records {
         let departures = slots.into_iter().map(|slot| (slot, from.port, at));
         self.departures.lock().unwrap().extend(departures);
     }
+
+    /// Waits until the clients have held and given back some more leases.
+    fn wait_for_life(&self) {
+        let before = *self.checked.lock().unwrap();
+        wait_until("life goes on", || *self.checked.lock().unwrap() > before + 100);
+    }
 }
 
 /// Ends the storm, however the disturbance ends.
@@ -700,6 +706,16 @@ impl Worker<'_> {
     }
 }
 
+/// Waits until a client stands in the limiter's line.
+fn wait_for_line(node: &Server, prefix: &str) {
+    let mut client = node.client();
+    let state = format!("LIMITER.ACQUIRE {prefix} nobody 0 1 WITHSTATE");
+    wait_until(
+        "somebody stands in line",
+        || matches!(client.call(&state), Value::Array(state) if state[3] == ONE),
+    );
+}
+
 /// Leases nobody touches in the storm, and a full limiter with somebody in line.
 struct Still {
     tag: String,
@@ -748,12 +764,16 @@ impl Still {
     }
 
     fn wait_for_line(&self, node: &Server) {
-        let mut client = node.client();
-        let state = format!("LIMITER.ACQUIRE {}.full nobody 0 1 WITHSTATE", self.tag);
-        wait_until(
-            "somebody stands in line",
-            || matches!(client.call(&state), Value::Array(state) if state[3] == ONE),
-        );
+        wait_for_line(node, &format!("{}.full", self.tag));
+    }
+
+    /// Somebody in line on a limiter that has no key.
+    fn wait_for_nothing(&self, node: &Server) -> Line {
+        let prefix = format!("{}.none", self.tag);
+        let mut waiter = node.client();
+        waiter.send(&["LIMITER.BACQUIRE", &prefix, "b", "0", "450", "0"]);
+        wait_for_line(node, &prefix);
+        Line { slot: slot_of(&prefix), prefix, waiter }
     }
 
     fn end(&self, follower: &mut Follower) {
@@ -786,7 +806,9 @@ fn storm(
             scope.spawn(move || still.wait(follower, records));
         }
         let _end = End(&records.over);
+        records.wait_for_life();
         disturb(&stills, &records, rng);
+        records.wait_for_life();
         let mut follower = Follower::new(cluster);
         for still in &stills {
             still.check(cluster);
@@ -876,8 +898,11 @@ fn slots_move_under_load_with_leases_and_lines() {
 
             let from = cluster.owner(0);
             lowest.iter().for_each(|still| still.wait_for_line(&cluster.nodes[from]));
+            let silent: Vec<_> =
+                lowest.iter().map(|still| still.wait_for_nothing(&cluster.nodes[from])).collect();
             cluster.reshard(lowest.len(), from, other(from, rng));
             records.departed(0..LOWEST, &cluster.nodes[from]);
+            silent.into_iter().for_each(|mut line| line.check_let_go("resharded"));
             cluster.agree();
             lowest.iter().for_each(|still| still.check(&cluster));
 
@@ -931,12 +956,22 @@ fn a_failover_that_was_asked_for_loses_nothing_and_lets_waiters_go() {
     assert!(cluster.nodes.iter_mut().all(Server::is_running));
 }
 
+/// How a master is lost.
+#[derive(Clone, Copy, Debug)]
+enum Loss {
+    Crash,
+    /// It stands still, and finds another in its place when it goes on.
+    Standstill,
+}
+
 #[test]
-fn after_a_crash_the_replica_goes_on_with_what_was_replicated() {
+fn when_a_master_is_lost_its_replica_goes_on_with_what_was_replicated() {
     let seed = seed();
     let mut rng = Rng::with_seed(seed);
     let mut cluster = Cluster::start(0, &["--cluster-node-timeout", "1000"]);
-    for round in 0..2 {
+    let mut losses = [Loss::Crash, Loss::Standstill];
+    rng.shuffle(&mut losses);
+    for (round, loss) in losses.into_iter().enumerate() {
         let masters = cluster.masters();
         let dead = masters[rng.usize(..masters.len())];
         let heir = cluster.replica_of(dead);
@@ -963,9 +998,9 @@ fn after_a_crash_the_replica_goes_on_with_what_was_replicated() {
         assert_eq!(client.int("WAIT 1 5000"), 1, "it is replicated");
         let contents = cluster.nodes[dead].contents();
 
-        cluster.nodes[dead].kill();
-        for mut waiter in waiters {
-            assert!(waiter.try_receive().is_err(), "its connection breaks");
+        match loss {
+            Loss::Crash => cluster.nodes[dead].kill(),
+            Loss::Standstill => cluster.nodes[dead].signal(Signal::Freeze),
         }
         wait_until("the replica has taken over", || cluster.is_master(heir));
         assert_eq!(cluster.nodes[heir].contents(), contents, "all that was replicated is there");
@@ -983,12 +1018,27 @@ fn after_a_crash_the_replica_goes_on_with_what_was_replicated() {
         let held: i64 = (0..5).map(|n| client.int(&format!("LIMITER.COUNT {tag}.{n}"))).sum();
         assert_eq!(held, i64::from(leases));
 
-        cluster.nodes[dead].restart();
+        match loss {
+            Loss::Crash => {
+                for mut waiter in waiters {
+                    assert!(waiter.try_receive().is_err(), "its connection breaks");
+                }
+                cluster.nodes[dead].restart();
+            }
+            Loss::Standstill => {
+                cluster.nodes[dead].signal(Signal::Thaw);
+                wait_until("it knows", || !cluster.is_master(dead));
+                for waiter in waiters {
+                    let (prefix, slot) = (line.clone(), slot_of(&line));
+                    Line { prefix, slot, waiter }.check_let_go("after a standstill");
+                }
+            }
+        }
         cluster.settle();
         assert_eq!(cluster.replica_of(heir), dead, "it comes back as a replica");
         cluster.check_replicas();
         client.call("FLUSHALL");
-        println!("{leases} leases were there after the crash of node {dead}");
+        println!("{leases} leases were there after the loss of node {dead}: {loss:?}");
     }
     assert!(cluster.nodes.iter_mut().all(Server::is_running));
 }
