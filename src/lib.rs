@@ -19,6 +19,7 @@
 //! | `commands` | parse, act, reply; every error text | all below |
 //! | `waiters` | joins leases to lines, blocked clients, timers, disconnections: the pump | all below |
 //! | `limiter` | the rules of leases, pure | std only |
+//! | `facts` | what is known of limiters' sets between commands, pure | `limiter` |
 //! | `queue` | first come, first served lines, pure | std only |
 //! | `ties` | leases that end when their owner goes, pure | std only |
 //! | `ffi` | the border to the server, the only `unsafe` | the server, `limiter`'s trait |
@@ -36,6 +37,7 @@
 )]
 
 mod commands;
+mod facts;
 #[allow(unsafe_code)]
 mod ffi;
 mod limiter;

@@ -3,15 +3,22 @@
 //! Pure: no Redis, no clock. The time and the sorted set come in as arguments (the set as the
 //! trait [`Leases`]), the decision goes out as a value. What always holds:
 //!
-//! - A lease is *live* while its score is greater than now. Lapsed leases are pruned before
-//!   anything is counted, so a slot is never held by nobody.
-//! - [`acquire`] adds a newcomer only while fewer than `limit` leases are live. It never evicts.
+//! - A lease is *live* while its score is greater than now. Only live leases are counted, so a
+//!   slot is never held by nobody. Lapsed leases are pruned before anything is decided: all of
+//!   them, or if there are many a bounded number at a time, and the rest is not counted.
+//! - [`Limiter::acquire`] adds a newcomer only while fewer than `limit` leases are live. It never
+//!   evicts.
 //! - A live holder that acquires again keeps its one slot.
 //! - Whatever changes the set or grants a lease leaves the set's own expiry at or after the end
 //!   of its last lease, and at most [`EXPIRY_SLACK_MAX_MS`] after it.
 //!
+//! What was found out about a set is kept from one command to the next as [`Facts`], and spares
+//! most look-ups: they hold as long as nobody else writes to the set.
+//!
 //! The idea, and the format (score = Unix time in seconds at which the lease lapses), are those
 //! of Python's `retools.limiter`.
+
+use std::slice;
 
 /// The last moment a lease may end: 2^53 ms after 1970, the last that a double counts exactly.
 pub const LAST_LAPSE_MS: i64 = 1 << 53;
@@ -22,6 +29,10 @@ pub const EXPIRY_SLACK_MS: i64 = 3_600_000;
 
 /// How long after the last lease's end the set's expiry may lie before it is written anew.
 pub const EXPIRY_SLACK_MAX_MS: i64 = 2 * EXPIRY_SLACK_MS;
+
+/// How many leases are pruned at once. Removing one takes the server about half a microsecond, so
+/// nobody waits for this longer than for any other command.
+pub const PRUNE_STEP: u64 = 1_000;
 
 /// A lease that ends after this (some 285 million years after 1970) counts as one that never
 /// lapses: there is no room for an expiry after it.
@@ -35,8 +46,10 @@ pub trait Leases {
     /// What names a holder: bytes.
     type Key<'k>;
 
-    /// Removes every lease that has lapsed at `now_ms`; the number removed.
-    fn prune(&mut self, now_ms: i64) -> u64;
+    /// Removes leases that have lapsed at `now_ms`, `at_most` so many if that leaves some.
+    fn prune(&mut self, now_ms: i64, at_most: u64) -> Pruned;
+    /// Whether `key` has a lease that has lapsed at `now_ms`.
+    fn has_lapsed(&self, key: &Self::Key<'_>, now_ms: i64) -> bool;
     /// The number of leases in the set.
     fn count(&self) -> u64;
     /// Looks `key` up, and adds it or moves its end to `lapse_ms`, as `put` allows.
@@ -53,6 +66,15 @@ pub trait Leases {
     fn expiry_ms(&self) -> Option<i64>;
     /// Sets the set's own expiry, or takes it away.
     fn set_expiry_ms(&mut self, expiry_ms: Option<i64>);
+}
+
+/// What [`Leases::prune`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pruned {
+    /// How many it removed.
+    pub removed: u64,
+    /// How many lapsed leases are still in the set.
+    pub left: u64,
 }
 
 /// What [`Leases::put`] may do.
@@ -88,7 +110,7 @@ pub enum Reacquire {
     Deny,
 }
 
-/// What [`acquire`] decided.
+/// What [`Limiter::acquire`] decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// No slot; nothing was added.
@@ -143,52 +165,6 @@ pub fn lapse_after(now_ms: i64, ttl_ms: i64) -> Option<i64> {
         .filter(|end_ms| (now_ms.saturating_add(1)..=LAST_LAPSE_MS).contains(end_ms))
 }
 
-/// Prunes, counts, and gives `key` a lease to `lapse_ms` if it holds one already or if fewer
-/// than `limit` leases are live.
-pub fn acquire<L: Leases>(
-    leases: &mut L,
-    key: &L::Key<'_>,
-    limit: u64,
-    lapse_ms: i64,
-    now_ms: i64,
-    reacquire: Reacquire,
-) -> Outcome {
-    let pruned = leases.prune(now_ms);
-    let free = leases.count() < limit;
-    let found = match (free, reacquire) {
-        (true, Reacquire::Refresh) => leases.put(key, lapse_ms, Put::AddOrMove),
-        (true, Reacquire::Deny) => leases.put(key, lapse_ms, Put::AddOnly),
-        (false, Reacquire::Refresh) => leases.put(key, lapse_ms, Put::MoveOnly),
-        (false, Reacquire::Deny) => Found::Refused,
-    };
-    let granted = found != Found::Refused;
-    if pruned > 0 || granted {
-        settle_expiry(leases, granted.then_some(lapse_ms));
-    }
-    match found {
-        Found::Added => Outcome::Acquired,
-        Found::Moved | Found::Same => Outcome::Refreshed,
-        Found::Refused => Outcome::Denied,
-    }
-}
-
-/// Moves the live lease of `key` to `lapse_ms`; whether there was one. None is ever made.
-pub fn renew<L: Leases>(leases: &mut L, key: &L::Key<'_>, lapse_ms: i64, now_ms: i64) -> bool {
-    // A renewal is what a holder gets when no slot is free for anybody else.
-    acquire(leases, key, 0, lapse_ms, now_ms, Reacquire::Refresh) == Outcome::Refreshed
-}
-
-/// Ends the live leases of `keys`; how many there were. A lapsed one does not count: its holder
-/// had lost it.
-pub fn release<L: Leases>(leases: &mut L, keys: &[L::Key<'_>], now_ms: i64) -> u64 {
-    let pruned = leases.prune(now_ms);
-    let released = leases.remove(keys);
-    if pruned > 0 || released > 0 {
-        settle_expiry(leases, None);
-    }
-    released
-}
-
 /// When a newcomer with `limit` finds a slot, given the number of `live` leases.
 #[must_use]
 pub fn next_free(live: u64, limit: u64) -> NextFree {
@@ -200,26 +176,172 @@ pub fn next_free(live: u64, limit: u64) -> NextFree {
     }
 }
 
-/// Writes the set's expiry anew unless it is right already. `known_lapse_ms` is the end of some
-/// lease that is in the set, if the caller knows one: it often spares a look-up.
-fn settle_expiry<L: Leases>(leases: &mut L, known_lapse_ms: Option<i64>) {
-    if leases.count() == 0 {
-        return; // The set is gone, and its expiry with it.
+/// What is known of a set without a look at it, as long as nobody else has written to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// No lease in the set lapses before this time.
+    pub none_lapses_before_ms: i64,
+    /// The set's own expiry, if it is known to be at or after the end of every lease.
+    pub expiry_ms: Option<i64>,
+}
+
+impl Facts {
+    /// Nothing is known.
+    pub const UNKNOWN: Self = Self { none_lapses_before_ms: i64::MIN, expiry_ms: None };
+    /// The set is empty.
+    pub const EMPTY: Self = Self { none_lapses_before_ms: i64::MAX, expiry_ms: None };
+}
+
+/// A limiter during one command: its leases, and what is known of them.
+pub struct Limiter<L> {
+    leases: L,
+    facts: Facts,
+    is_pruned: bool,
+    /// Lapsed leases that are still in the set.
+    lapsed: u64,
+}
+
+impl<L: Leases> Limiter<L> {
+    /// `facts` must hold for `leases`.
+    pub fn new(leases: L, facts: Facts) -> Self {
+        let facts = if leases.count() == 0 { Facts::EMPTY } else { facts };
+        Self { leases, facts, is_pruned: false, lapsed: 0 }
     }
-    let right = match leases.expiry_ms() {
-        None => leases.any_after(NEVER_MS),
-        Some(expiry_ms) => {
-            let soonest_end_ms = expiry_ms.saturating_sub(EXPIRY_SLACK_MAX_MS);
-            let near = known_lapse_ms.is_some_and(|end_ms| end_ms >= soonest_end_ms)
-                || leases.any_after(soonest_end_ms);
-            near && !leases.any_after(expiry_ms)
+
+    /// What is known now.
+    pub fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    /// The set.
+    pub fn leases(&self) -> &L {
+        &self.leases
+    }
+
+    /// The number of live leases, after any of the commands below.
+    pub fn live(&self) -> u64 {
+        self.leases.count().saturating_sub(self.lapsed)
+    }
+
+    /// The number of lapsed leases that are still in the set, after any of the commands below.
+    pub fn lapsed(&self) -> u64 {
+        self.lapsed
+    }
+
+    /// Prunes, counts, and gives `key` a lease to `lapse_ms` if it holds one already or if fewer
+    /// than `limit` leases are live.
+    pub fn acquire(
+        &mut self,
+        key: &L::Key<'_>,
+        limit: u64,
+        lapse_ms: i64,
+        now_ms: i64,
+        reacquire: Reacquire,
+    ) -> Outcome {
+        let pruned = self.prune(slice::from_ref(key), now_ms);
+        let free = self.live() < limit;
+        let found = match (free, reacquire) {
+            (true, Reacquire::Refresh) => self.leases.put(key, lapse_ms, Put::AddOrMove),
+            (true, Reacquire::Deny) => self.leases.put(key, lapse_ms, Put::AddOnly),
+            (false, Reacquire::Refresh) => self.leases.put(key, lapse_ms, Put::MoveOnly),
+            (false, Reacquire::Deny) => Found::Refused,
+        };
+        let granted = found != Found::Refused;
+        if granted {
+            let facts = &mut self.facts;
+            facts.none_lapses_before_ms = facts.none_lapses_before_ms.min(lapse_ms);
         }
-    };
-    if right {
-        return;
+        if pruned || granted {
+            self.settle_expiry(granted.then_some(lapse_ms), now_ms);
+        }
+        match found {
+            Found::Added => Outcome::Acquired,
+            Found::Moved | Found::Same => Outcome::Refreshed,
+            Found::Refused => Outcome::Denied,
+        }
     }
-    let last_ms = leases.last_lapse_ms();
-    leases.set_expiry_ms(last_ms.map(|end_ms| end_ms.saturating_add(EXPIRY_SLACK_MS)));
+
+    /// Moves the live lease of `key` to `lapse_ms`; whether there was one. None is ever made.
+    pub fn renew(&mut self, key: &L::Key<'_>, lapse_ms: i64, now_ms: i64) -> bool {
+        // A renewal is what a holder gets when no slot is free for anybody else.
+        self.acquire(key, 0, lapse_ms, now_ms, Reacquire::Refresh) == Outcome::Refreshed
+    }
+
+    /// Ends the live leases of `keys`; how many there were. A lapsed one does not count: its
+    /// holder had lost it.
+    pub fn release(&mut self, keys: &[L::Key<'_>], now_ms: i64) -> u64 {
+        let pruned = self.prune(keys, now_ms);
+        let released = self.leases.remove(keys);
+        if pruned || released > 0 {
+            self.settle_expiry(None, now_ms);
+        }
+        released
+    }
+
+    /// Removes lapsed leases, those of `keys` in any case; whether there were any.
+    fn prune(&mut self, keys: &[L::Key<'_>], now_ms: i64) -> bool {
+        let mut any = false;
+        if !self.is_pruned && now_ms >= self.facts.none_lapses_before_ms {
+            let Pruned { removed, left } = self.leases.prune(now_ms, PRUNE_STEP);
+            any = removed > 0;
+            self.lapsed = left;
+            self.facts.none_lapses_before_ms = match left {
+                0 => self.leases.next_lapse_ms().unwrap_or(i64::MAX),
+                _ => i64::MIN,
+            };
+        }
+        self.is_pruned = true;
+        if self.lapsed > 0 {
+            for key in keys {
+                if self.leases.has_lapsed(key, now_ms) {
+                    self.lapsed = self.lapsed.saturating_sub(1);
+                    self.leases.remove(slice::from_ref(key));
+                    any = true;
+                }
+            }
+        }
+        if self.leases.count() == 0 {
+            self.facts = Facts::EMPTY; // Its expiry has gone with the last lease.
+        }
+        any
+    }
+
+    /// Writes the set's expiry anew unless it is right already. `known_lapse_ms` is the end of
+    /// some lease that is in the set, if the caller knows one.
+    fn settle_expiry(&mut self, known_lapse_ms: Option<i64>, now_ms: i64) {
+        if self.leases.count() == 0 {
+            self.facts = Facts::EMPTY; // The set is gone, and its expiry with it.
+            return;
+        }
+        if let Some(expiry_ms) = self.facts.expiry_ms {
+            if known_lapse_ms.is_none_or(|end_ms| end_ms <= expiry_ms)
+                && self.is_near(expiry_ms, known_lapse_ms, now_ms)
+            {
+                return;
+            }
+        }
+        self.facts.expiry_ms = self.leases.expiry_ms();
+        let right = match self.facts.expiry_ms {
+            None => self.leases.any_after(NEVER_MS),
+            Some(expiry_ms) => {
+                self.is_near(expiry_ms, known_lapse_ms, now_ms) && !self.leases.any_after(expiry_ms)
+            }
+        };
+        if !right {
+            let last_ms = self.leases.last_lapse_ms();
+            self.facts.expiry_ms = last_ms.map(|end_ms| end_ms.saturating_add(EXPIRY_SLACK_MS));
+            self.leases.set_expiry_ms(self.facts.expiry_ms);
+        }
+    }
+
+    /// Whether some lease ends late enough for this expiry. Mostly that is known without a look:
+    /// by a lease at hand, or because any live one does.
+    fn is_near(&self, expiry_ms: i64, known_lapse_ms: Option<i64>, now_ms: i64) -> bool {
+        let soonest_end_ms = expiry_ms.saturating_sub(EXPIRY_SLACK_MAX_MS);
+        known_lapse_ms.is_some_and(|end_ms| end_ms >= soonest_end_ms)
+            || (soonest_end_ms <= now_ms && self.live() > 0)
+            || self.leases.any_after(soonest_end_ms)
+    }
 }
 
 #[cfg(test)]

@@ -66,12 +66,6 @@ impl<W> Default for Lines<W> {
 }
 
 impl<W> Lines<W> {
-    /// Whether nobody waits anywhere.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.waiters.is_empty()
-    }
-
     /// The line of a limiter, if somebody stands in it.
     #[must_use]
     pub fn line(&self, db: i32, prefix: &[u8]) -> Option<LineId> {

@@ -25,11 +25,12 @@ use std::sync::{Mutex, PoisonError};
 
 use lazy_static::lazy_static;
 
+use crate::facts::KnownFacts;
 use crate::ffi::{
-    listen_for_waiters, BlockedClient, Blocking, Context, Listener, NotOpened, OwnedStr, Permit,
-    SortedSet, Str, Timer,
+    listen_for_waiters, listen_for_writes, BlockedClient, Blocking, Context, Listener, NotOpened,
+    OwnedStr, Permit, SortedSet, Str, Timer,
 };
-use crate::limiter::{self, Leases, Outcome, Reacquire};
+use crate::limiter::{self, Leases, Limiter, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
 use crate::ties::{Lease, Owner, TieId, Ties};
 
@@ -78,6 +79,8 @@ pub struct Taken {
     pub outcome: Outcome,
     /// Live leases afterwards.
     pub live: u64,
+    /// Lapsed leases that are still in the set, in front of them.
+    pub lapsed: u64,
     /// Clients waiting in line afterwards.
     pub waiting: usize,
 }
@@ -120,10 +123,10 @@ pub fn acquire(
     reacquire: Reacquire,
     now_ms: i64,
 ) -> Result<Taken, NotOpened> {
-    let mut set = SortedSet::open(ctx, ask.prefix)?;
-    let (outcome, line) = take(ctx, ask, reacquire, now_ms, &mut set);
+    let mut open = OpenLimiter::open(ctx, ask.prefix)?;
+    let (outcome, line) = take(ctx, ask, reacquire, now_ms, &mut open.limiter);
     let waiting = line.map_or(0, |line| with(|hall| hall.lines.len(line)));
-    Ok(Taken { outcome, live: set.count(), waiting })
+    Ok(Taken { outcome, live: open.limiter.live(), lapsed: open.limiter.lapsed(), waiting })
 }
 
 /// Takes a slot, or puts the client at the end of the line.
@@ -137,8 +140,8 @@ pub fn acquire_or_wait<B: Blocking>(
     deadline_ms: Option<i64>,
     now_ms: i64,
 ) -> Result<Turn, NotOpened> {
-    let mut set = SortedSet::open(ctx, ask.prefix)?;
-    if take(ctx, ask, Reacquire::Refresh, now_ms, &mut set).0 != Outcome::Denied {
+    let mut open = OpenLimiter::open(ctx, ask.prefix)?;
+    if take(ctx, ask, Reacquire::Refresh, now_ms, &mut open.limiter).0 != Outcome::Denied {
         return Ok(Turn::Granted);
     }
     let Some(client) = BlockedClient::block::<B>(ctx) else {
@@ -152,10 +155,10 @@ pub fn acquire_or_wait<B: Blocking>(
         ttl_ms: ask.ttl_ms,
         until: ask.until,
     };
-    if !with(|hall| std::mem::replace(&mut hall.listens, true)) {
+    if !with(|hall| std::mem::replace(&mut hall.listens_for_waiters, true)) {
         listen_for_waiters::<Pump>(ctx);
     }
-    let (db, next_look_ms) = (ctx.db(), next_look_ms(ctx, &set, now_ms));
+    let (db, next_look_ms) = (ctx.db(), next_look_ms(ctx, open.limiter.leases(), now_ms));
     with(|hall| {
         let (id, line) = hall.lines.join(db, ask.prefix.bytes(), deadline_ms, waiter);
         hall.waiters.insert(client, id);
@@ -173,15 +176,15 @@ pub fn acquire_or_wait<B: Blocking>(
 /// [`NotOpened`].
 pub fn release(ctx: &Context, prefix: Str<'_>, keys: &[Str<'_>]) -> Result<u64, NotOpened> {
     let (db, now_ms) = (ctx.db(), ctx.now_ms());
-    let mut set = SortedSet::open(ctx, prefix)?;
-    let released = limiter::release(&mut set, keys, now_ms);
+    let mut open = OpenLimiter::open(ctx, prefix)?;
+    let released = open.limiter.release(keys, now_ms);
     let line = with(|hall| {
         if !hall.ties.is_empty() {
             keys.iter().for_each(|key| hall.ties.cut(db, prefix.bytes(), key.bytes()));
         }
         hall.lines.line(db, prefix.bytes())
     });
-    serve(ctx, line, &mut set, now_ms);
+    serve(ctx, line, &mut open.limiter, now_ms);
     Ok(released)
 }
 
@@ -197,15 +200,15 @@ pub fn renew(
     now_ms: i64,
 ) -> Result<bool, NotOpened> {
     let (db, lapse_ms) = (ctx.db(), lapse_ms(now_ms, ttl_ms));
-    let mut set = SortedSet::open(ctx, prefix)?;
-    let renewed = limiter::renew(&mut set, &key, lapse_ms, now_ms);
+    let mut open = OpenLimiter::open(ctx, prefix)?;
+    let renewed = open.limiter.renew(&key, lapse_ms, now_ms);
     let line = with(|hall| {
         if renewed && !hall.ties.is_empty() {
             hall.ties.renewed(db, prefix.bytes(), key.bytes(), lapse_ms);
         }
         hall.lines.line(db, prefix.bytes())
     });
-    serve(ctx, line, &mut set, now_ms);
+    serve(ctx, line, &mut open.limiter, now_ms);
     Ok(renewed)
 }
 
@@ -241,26 +244,55 @@ pub fn gone(ctx: &Context, client: BlockedClient) {
     set_timer(ctx);
 }
 
+/// A limiter, opened for one command.
+struct OpenLimiter<'c> {
+    limiter: Limiter<SortedSet<'c>>,
+    db: i32,
+    prefix: Str<'c>,
+}
+
+impl<'c> OpenLimiter<'c> {
+    fn open(ctx: &'c Context, prefix: Str<'c>) -> Result<Self, NotOpened> {
+        let set = SortedSet::open(ctx, prefix)?;
+        let db = ctx.db();
+        let (facts, listens) = with(|hall| {
+            let listens = std::mem::replace(&mut hall.listens_for_writes, true);
+            (hall.facts.of(db, prefix.bytes()), listens)
+        });
+        if !listens {
+            listen_for_writes::<Pump>(ctx);
+        }
+        Ok(Self { limiter: Limiter::new(set, facts), db, prefix })
+    }
+}
+
+impl Drop for OpenLimiter<'_> {
+    // Before the set is closed, and tells others: they may write to it at once.
+    fn drop(&mut self) {
+        with(|hall| hall.facts.keep(self.db, self.prefix.bytes(), self.limiter.facts()));
+    }
+}
+
 /// Takes a slot as [`acquire`] says, and serves the line if there is one.
 fn take(
     ctx: &Context,
     ask: &Ask<'_>,
     reacquire: Reacquire,
     now_ms: i64,
-    set: &mut SortedSet<'_>,
+    limiter: &mut Limiter<SortedSet<'_>>,
 ) -> (Outcome, Option<LineId>) {
     let db = ctx.db();
     let (prefix, key) = (ask.prefix.bytes(), ask.key.bytes());
     let mut line = with(|hall| hall.lines.line(db, prefix));
     if line.is_some() {
         // The line comes first. It may be served to its end, and is in nobody's way then.
-        serve(ctx, line, set, now_ms);
+        serve(ctx, line, limiter, now_ms);
         line = with(|hall| hall.lines.line(db, prefix));
     }
     // Nobody is let in past a line, also not into a slot that it could not be given yet.
     let limit = if line.is_some() { 0 } else { ask.limit };
     let lapse_ms = lapse_ms(now_ms, ask.ttl_ms);
-    let outcome = limiter::acquire(set, &ask.key, limit, lapse_ms, now_ms, reacquire);
+    let outcome = limiter.acquire(&ask.key, limit, lapse_ms, now_ms, reacquire);
     if outcome == Outcome::Denied {
         return (outcome, line);
     }
@@ -271,7 +303,7 @@ fn take(
         }
         Until::Lapse => hall.ties.cut(db, prefix, key),
     });
-    serve(ctx, line, set, now_ms); // What was refreshed lapses at another time.
+    serve(ctx, line, limiter, now_ms); // What was refreshed lapses at another time.
     (outcome, line)
 }
 
@@ -282,27 +314,27 @@ fn lapse_ms(now_ms: i64, ttl_ms: i64) -> i64 {
 }
 
 /// Gives what slots there are to the head of the line and those behind it, in a command of ours.
-fn serve(ctx: &Context, line: Option<LineId>, set: &mut SortedSet<'_>, now_ms: i64) {
+fn serve(ctx: &Context, line: Option<LineId>, limiter: &mut Limiter<SortedSet<'_>>, now_ms: i64) {
     let Some(line) = line else { return };
     // In a cluster, a key that is gone may have to be made on another node: the pump will ask.
-    if ctx.is_paused() || (ctx.is_clustered() && set.count() == 0) {
+    if ctx.is_paused() || (ctx.is_clustered() && limiter.leases().count() == 0) {
         with(|hall| hall.lines.touch_line(line));
     } else {
-        grant(ctx, line, set, now_ms);
+        grant(ctx, line, limiter, now_ms);
     }
     set_timer(ctx);
 }
 
 /// Grants slots from the head of the line on, as far as they go, and sets the line's alarm.
-fn grant(ctx: &Context, line: LineId, set: &mut SortedSet<'_>, now_ms: i64) {
+fn grant(ctx: &Context, line: LineId, limiter: &mut Limiter<SortedSet<'_>>, now_ms: i64) {
     while let Some((id, head)) = with(|hall| hall.lines.head(line).map(|(id, w)| (id, w.clone()))) {
         let Some(key) = OwnedStr::copy(&head.key) else { return };
         let lapse_ms = lapse_ms(now_ms, head.ttl_ms);
         let key = key.as_str();
         let refresh = Reacquire::Refresh;
-        let outcome = limiter::acquire(set, &key, head.limit, lapse_ms, now_ms, refresh);
+        let outcome = limiter.acquire(&key, head.limit, lapse_ms, now_ms, refresh);
         if outcome == Outcome::Denied {
-            let next_look_ms = next_look_ms(ctx, set, now_ms);
+            let next_look_ms = next_look_ms(ctx, limiter.leases(), now_ms);
             with(|hall| hall.lines.set_alarm(line, next_look_ms));
             return;
         }
@@ -384,16 +416,23 @@ impl Listener for Pump {
     }
 
     fn key_changed(ctx: &Context, key: &[u8]) {
-        if with(|hall| !hall.lines.is_empty()) {
-            let db = ctx.db();
-            if with(|hall| hall.lines.touch(db, key)) {
-                set_timer(ctx);
-            }
+        let db = ctx.db();
+        let has_line = with(|hall| {
+            hall.facts.forget(db, key);
+            hall.lines.touch(db, key)
+        });
+        if has_line {
+            set_timer(ctx);
         }
+    }
+
+    fn data_replaced() {
+        with(|hall| hall.facts.forget_all());
     }
 
     fn database_flushed(ctx: &Context, db: Option<i32>) {
         with(|hall| {
+            hall.facts.forget_all();
             hall.lines.touch_database(db);
             hall.ties.forget_database(db);
         });
@@ -402,6 +441,7 @@ impl Listener for Pump {
 
     fn databases_swapped(ctx: &Context, first: i32, second: i32) {
         with(|hall| {
+            hall.facts.forget_all();
             hall.lines.touch_database(Some(first));
             hall.lines.touch_database(Some(second));
             hall.ties.swap_databases(first, second);
@@ -501,13 +541,13 @@ impl Pump {
             Permit::NotNow => return Err(Refused),
             Permit::Elsewhere => return Ok(false),
         }
-        let mut set = match SortedSet::open(ctx, prefix) {
-            Ok(set) => set,
+        let mut open = match OpenLimiter::open(ctx, prefix) {
+            Ok(open) => open,
             Err(why) => return Ok(why == NotOpened::WrongType),
         };
         // Another end is another lease: somebody wrote there without asking us.
-        if set.holds(key, lease.lapse_ms) {
-            limiter::release(&mut set, &[key], now_ms);
+        if open.limiter.leases().holds(key, lease.lapse_ms) {
+            open.limiter.release(&[key], now_ms);
         }
         Ok(true)
     }
@@ -536,8 +576,8 @@ impl Pump {
                     continue;
                 }
             }
-            match SortedSet::open(ctx, prefix.as_str()) {
-                Ok(mut set) => grant(ctx, line, &mut set, now_ms),
+            match OpenLimiter::open(ctx, prefix.as_str()) {
+                Ok(mut open) => grant(ctx, line, &mut open.limiter, now_ms),
                 Err(NotOpened::WrongType) => dismiss(line, Answer::WrongType),
                 Err(NotOpened::Frozen) => with(|hall| hall.lines.touch_line(line)),
             };
@@ -577,7 +617,9 @@ struct Hall {
     decided: HashMap<WaiterId, Decided>,
     /// Ties of leases whose holders are replied in this turn of the event loop.
     unproven: Vec<(u64, TieId)>,
-    listens: bool,
+    facts: KnownFacts,
+    listens_for_writes: bool,
+    listens_for_waiters: bool,
     timer: Option<SetTimer>,
     rings: bool,
     not_before_ms: i64,

@@ -53,13 +53,14 @@ impl Command for Acquire {
         let Options { reacquire, until, answer } = Options::parse(ctx, options)?;
 
         let ask = Ask { prefix: *prefix, key: *key, limit, ttl_ms, until };
-        let Taken { outcome, live, waiting } = waiters::acquire(ctx, &ask, reacquire, now_ms)?;
+        let Taken { outcome, live, lapsed, waiting } =
+            waiters::acquire(ctx, &ask, reacquire, now_ms)?;
 
         Ok(match answer {
             Answer::Integer => Reply::Integer(i64::from(outcome != Outcome::Denied)),
             Answer::State => {
                 let wait_ms = match outcome {
-                    Outcome::Denied => wait_ms(ctx, *prefix, live, limit, now_ms),
+                    Outcome::Denied => wait_ms(ctx, *prefix, live, lapsed, limit, now_ms),
                     Outcome::Acquired | Outcome::Refreshed => 0,
                 };
                 let waiting = i64::try_from(waiting).unwrap_or(i64::MAX);
@@ -113,12 +114,12 @@ fn code(outcome: Outcome) -> i64 {
 }
 
 /// Milliseconds until a newcomer finds a slot; -1 if none ever will.
-fn wait_ms(ctx: &Context, prefix: Str<'_>, live: u64, limit: u64, now_ms: i64) -> i64 {
+fn wait_ms(ctx: &Context, prefix: Str<'_>, live: u64, lapsed: u64, limit: u64, now_ms: i64) -> i64 {
     const NEVER: i64 = -1;
     let rank = match limiter::next_free(live, limit) {
         NextFree::Now => return 0,
         NextFree::Never => return NEVER,
-        NextFree::WhenLapsed { rank } => rank,
+        NextFree::WhenLapsed { rank } => lapsed.saturating_add(rank),
     };
     match score_of_rank(ctx, prefix, rank) {
         None => 0, // Gone between the two looks, and its slot is free.

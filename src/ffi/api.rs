@@ -31,6 +31,7 @@ server_functions! {
     RedisModule_Call
     RedisModule_CallReplyArrayElement
     RedisModule_CallReplyInteger
+    RedisModule_CallReplyLength
     RedisModule_CallReplyStringPtr
     RedisModule_CallReplyType
     RedisModule_CloseKey
@@ -46,6 +47,7 @@ server_functions! {
     RedisModule_GetClientInfoById
     RedisModule_GetCommand
     RedisModule_GetContextFlags
+    RedisModule_GetNotifyKeyspaceEvents
     RedisModule_GetSelectedDb
     RedisModule_KeyType
     RedisModule_Log

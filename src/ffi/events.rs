@@ -5,12 +5,14 @@
 
 use std::ffi::CStr;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{c_char, c_int, c_void};
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
 use super::command::contained;
 use super::context::{Context, Str};
+use super::reply::CallReply;
 use super::sorted_set::is_our_event;
 
 /// Who listens.
@@ -18,9 +20,12 @@ pub trait Listener {
     /// The timer of [`Timer::start`] has run out. Writing is allowed, if the server may
     /// ([`Context::may_write_unasked`]).
     fn ring(ctx: &Context);
-    /// Somebody else's command, or the server, changed this key. Only told after
+    /// Somebody else's command, or the server, changed this key. Told of what may put another
+    /// sorted set in its place after [`listen_for_writes`], of everything else after
     /// [`listen_for_waiters`].
     fn key_changed(ctx: &Context, key: &[u8]);
+    /// All data may have been replaced: by a load, or because the server's role changed.
+    fn data_replaced();
     /// A database was emptied (`None`: all were).
     fn database_flushed(ctx: &Context, db: Option<i32>);
     /// Two databases changed places.
@@ -33,19 +38,44 @@ pub trait Listener {
     fn turned(ctx: &Context);
 }
 
-/// Starts to tell of changed keys and of turns, until the module is unloaded. That costs every
-/// command that writes and every turn a little, so it is not for servers where nobody ever waits.
+/// The events that come with another content of a sorted set. (A key that is gone needs none: it
+/// is seen to be empty when it is opened.)
+const WRITES: c_int = raw::REDISMODULE_NOTIFY_ZSET | raw::REDISMODULE_NOTIFY_GENERIC;
+
+/// Starts to tell of changed sorted sets, until the module is unloaded. That costs each such
+/// command of others a little, so it is not for servers where nobody uses a limiter.
+pub fn listen_for_writes<L: Listener>(ctx: &Context) {
+    listen_for_keys::<L>(ctx, WRITES);
+}
+
+/// Starts to tell of all other changed keys and of turns, until the module is unloaded. That costs
+/// every command that writes and every turn a little, so it is not for servers where nobody ever
+/// waits.
 pub fn listen_for_waiters<L: Listener>(ctx: &Context) {
+    listen_for_keys::<L>(ctx, raw::REDISMODULE_NOTIFY_ALL & !WRITES);
     let turn = server_event(raw::REDISMODULE_EVENT_EVENTLOOP);
-    // SAFETY: the context is valid, and the callbacks are of the types asked for.
+    // SAFETY: the context is valid, and the callback of the type asked for.
     unsafe {
-        api!(RedisModule_SubscribeToKeyspaceEvents(
-            ctx.as_ptr(),
-            raw::REDISMODULE_NOTIFY_ALL,
-            Some(key_changed::<L>)
-        ));
         api!(RedisModule_SubscribeToServerEvent(ctx.as_ptr(), turn, Some(turned::<L>)));
     }
+}
+
+fn listen_for_keys<L: Listener>(ctx: &Context, classes: c_int) {
+    // SAFETY: the context is valid, and the callback of the type asked for.
+    unsafe {
+        api!(RedisModule_SubscribeToKeyspaceEvents(ctx.as_ptr(), classes, Some(key_changed::<L>)));
+    }
+}
+
+/// Whether there are, or were, other modules, which may listen to keyspace events.
+static OTHER_MODULES: AtomicBool = AtomicBool::new(false);
+
+/// Whether anybody but us may be told of keyspace events: clients, or other modules. Telling costs
+/// as much as a third of a command.
+pub(super) fn anybody_listens() -> bool {
+    // SAFETY: takes nothing, reads the server's setting.
+    OTHER_MODULES.load(Ordering::Relaxed)
+        || unsafe { api!(RedisModule_GetNotifyKeyspaceEvents()) } != 0
 }
 
 /// A timer that runs.
@@ -79,13 +109,29 @@ pub(super) fn listen<L: Listener>(ctx: *mut RedisModuleCtx) -> Result<(), String
     let flush = server_event(raw::REDISMODULE_EVENT_FLUSHDB);
     let swap = server_event(raw::REDISMODULE_EVENT_SWAPDB);
     let client = server_event(raw::REDISMODULE_EVENT_CLIENT_CHANGE);
+    let module = server_event(raw::REDISMODULE_EVENT_MODULE_CHANGE);
+    let replaced = [
+        raw::REDISMODULE_EVENT_LOADING,
+        raw::REDISMODULE_EVENT_REPL_ASYNC_LOAD,
+        raw::REDISMODULE_EVENT_REPLICATION_ROLE_CHANGED,
+    ];
     // SAFETY: the context is that of the load, and the callbacks are of the types asked for.
     let subscribed = unsafe {
         api!(RedisModule_SubscribeToServerEvent(ctx, flush, Some(flushed::<L>))) == ok
             && api!(RedisModule_SubscribeToServerEvent(ctx, swap, Some(swapped::<L>))) == ok
             && api!(RedisModule_SubscribeToServerEvent(ctx, client, Some(client_changed::<L>)))
                 == ok
+            && api!(RedisModule_SubscribeToServerEvent(ctx, module, Some(module_changed))) == ok
+            && replaced.into_iter().all(|id| {
+                let event = server_event(id);
+                api!(RedisModule_SubscribeToServerEvent(ctx, event, Some(data_replaced::<L>))) == ok
+            })
     };
+    // SAFETY: "c" takes a text ending with NUL. This module is not in the list yet.
+    let others = CallReply::new(unsafe {
+        api!(RedisModule_Call(ctx, c"MODULE".as_ptr(), c"c".as_ptr(), c"LIST".as_ptr()))
+    });
+    OTHER_MODULES.store(others.is_none_or(|list| list.len() > 0), Ordering::Relaxed);
     subscribed.then_some(()).ok_or_else(|| "the server refused to tell of its events".into())
 }
 
@@ -168,6 +214,40 @@ unsafe extern "C" fn client_changed<L: Listener>(
         unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleClientInfoV1>().as_ref()) };
     let Some(info) = info else { return };
     contained(&ctx, || L::disconnected(&ctx, info.id));
+}
+
+/// # Safety
+/// Only the server calls it. Our own load may be told of, too.
+unsafe extern "C" fn module_changed(
+    ctx: *mut RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    _change: u64,
+    data: *mut c_void,
+) {
+    // SAFETY: the server's context, and the structure that this event comes with, whose text ends
+    // with NUL.
+    let (ctx, name) = unsafe {
+        let info = data.cast::<raw::RedisModuleModuleChange>().as_ref();
+        (Context::new(ctx), info.map(|info| CStr::from_ptr(info.module_name)))
+    };
+    contained(&ctx, || {
+        if name != Some(c"limiter") {
+            OTHER_MODULES.store(true, Ordering::Relaxed);
+        }
+    });
+}
+
+/// # Safety
+/// Only the server calls it, with a valid context.
+unsafe extern "C" fn data_replaced<L: Listener>(
+    ctx: *mut RedisModuleCtx,
+    _event: raw::RedisModuleEvent,
+    _when: u64,
+    _data: *mut c_void,
+) {
+    // SAFETY: the server's context of the call at hand.
+    let ctx = unsafe { Context::new(ctx) };
+    contained(&ctx, L::data_replaced);
 }
 
 /// # Safety

@@ -34,5 +34,5 @@ mod sorted_set;
 pub use blocked::{BlockedClient, Blocking};
 pub use command::{Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
 pub use context::{Context, OwnedStr, Permit, Str};
-pub use events::{listen_for_waiters, Listener, Timer};
+pub use events::{listen_for_waiters, listen_for_writes, Listener, Timer};
 pub use sorted_set::{count_after, score_of_rank, NotOpened, ReadSet, SortedSet};

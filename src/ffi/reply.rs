@@ -23,6 +23,12 @@ impl CallReply {
         .and_then(|integer| u64::try_from(integer).ok())
     }
 
+    /// The number of elements of an array.
+    pub fn len(&self) -> usize {
+        // SAFETY: the reply is valid until dropped.
+        unsafe { api!(RedisModule_CallReplyLength(self.0.as_ptr())) }
+    }
+
     /// Whether the command was refused: an error that is not about the key.
     pub fn is_refusal(&self) -> bool {
         // SAFETY: the reply is valid until dropped.

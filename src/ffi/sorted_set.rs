@@ -12,8 +12,9 @@ use std::ptr::NonNull;
 use redis_module::raw::{self, RedisModuleKey, RedisModuleString};
 
 use super::context::{Context, OwnedStr, Str};
+use super::events::anybody_listens;
 use super::reply::CallReply;
-use crate::limiter::{self, Found, Leases, Put};
+use crate::limiter::{self, Found, Leases, Pruned, Put};
 
 /// Why a key could not be opened as a limiter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,11 +189,29 @@ impl<'c> SortedSet<'c> {
     /// Whether `key` holds a lease that ends at just that time.
     #[must_use]
     pub fn holds(&self, key: Str<'_>, lapse_ms: i64) -> bool {
+        self.score(key) == Some(limiter::score(lapse_ms))
+    }
+
+    fn score(&self, key: Str<'_>) -> Option<f64> {
         let mut score = 0.0;
         // SAFETY: the handle is open, the key a valid string.
         let status =
             unsafe { api!(RedisModule_ZsetScore(self.handle(), key.as_ptr(), &mut score)) };
-        status == raw::REDISMODULE_OK as i32 && score == limiter::score(lapse_ms)
+        (status == raw::REDISMODULE_OK as i32).then_some(score)
+    }
+
+    fn replicate_zrem(&self, keys: &mut [*mut RedisModuleString]) {
+        // SAFETY: "sv" takes a string and an array of strings with its length.
+        unsafe {
+            api!(RedisModule_Replicate(
+                self.ctx.as_ptr(),
+                c"ZREM".as_ptr(),
+                c"sv".as_ptr(),
+                self.prefix.as_ptr(),
+                keys.as_mut_ptr(),
+                keys.len()
+            ));
+        }
     }
 
     fn removed(&mut self, event: &'static CStr) {
@@ -206,17 +225,30 @@ impl<'c> SortedSet<'c> {
 impl Leases for SortedSet<'_> {
     type Key<'k> = Str<'k>;
 
-    fn prune(&mut self, now_ms: i64) -> u64 {
-        let mut pruned: u64 = 0;
+    fn prune(&mut self, now_ms: i64, at_most: u64) -> Pruned {
         let lapsed = Scores::UpTo(limiter::score(now_ms));
+        let mut removed: Vec<OwnedStr> = Vec::new();
+        let mut left = 0;
         while self.set.seek(lapsed, End::First) {
+            if removed.len() as u64 >= at_most && left == 0 {
+                let live = count_after(self.ctx, self.prefix, now_ms);
+                // If the server does not tell how many are left, none is left.
+                left = live.map_or(0, |live| self.count().saturating_sub(live));
+                if left > 0 {
+                    break;
+                }
+            }
             let Some((key, _)) = self.set.current() else { break };
             if !self.remove_silently(key.as_ptr()) {
                 break;
             }
-            pruned = pruned.saturating_add(1);
+            removed.push(key);
         }
-        if pruned > 0 {
+        if left > 0 {
+            let mut keys: Vec<_> = removed.iter().map(OwnedStr::as_ptr).collect();
+            self.replicate_zrem(&mut keys);
+            self.removed(event::ZREM);
+        } else if !removed.is_empty() {
             let now = ScoreText::new(now_ms);
             // SAFETY: "scb" takes a string, a text ending with NUL, and bytes with their length.
             unsafe {
@@ -232,7 +264,11 @@ impl Leases for SortedSet<'_> {
             }
             self.removed(event::ZREMRANGEBYSCORE);
         }
-        pruned
+        Pruned { removed: removed.len() as u64, left }
+    }
+
+    fn has_lapsed(&self, key: &Str<'_>, now_ms: i64) -> bool {
+        self.score(*key).is_some_and(|score| score <= limiter::score(now_ms))
     }
 
     fn count(&self) -> u64 {
@@ -285,17 +321,7 @@ impl Leases for SortedSet<'_> {
             }
         }
         if !removed.is_empty() {
-            // SAFETY: "sv" takes a string and an array of strings with its length.
-            unsafe {
-                api!(RedisModule_Replicate(
-                    self.ctx.as_ptr(),
-                    c"ZREM".as_ptr(),
-                    c"sv".as_ptr(),
-                    self.prefix.as_ptr(),
-                    removed.as_mut_ptr(),
-                    removed.len()
-                ));
-            }
+            self.replicate_zrem(&mut removed);
             self.removed(event::ZREM);
         }
         removed.len() as u64
@@ -453,6 +479,9 @@ impl Drop for Events<'_> {
         // SAFETY: context and name are valid during the call, and no handle on the key is open.
         unsafe {
             api!(RedisModule_SignalModifiedKey(ctx, prefix));
+            if !anybody_listens() {
+                return;
+            }
             for (class, event) in &self.in_order {
                 api!(RedisModule_NotifyKeyspaceEvent(ctx, *class, event.as_ptr(), prefix));
             }

@@ -16,6 +16,8 @@ struct Set {
     expiry_ms: Option<i64>,
     wrote: bool,
     expiries_written: u32,
+    /// How many are pruned at once, if not as many as asked for.
+    step: Option<u64>,
 }
 
 impl Set {
@@ -53,8 +55,17 @@ impl Set {
 impl Leases for Set {
     type Key<'k> = u8;
 
-    fn prune(&mut self, now_ms: i64) -> u64 {
-        self.retain(|(_, member_score)| *member_score > score(now_ms))
+    fn prune(&mut self, now_ms: i64, at_most: u64) -> Pruned {
+        let mut lapsed = self.sorted();
+        lapsed.retain(|(_, member_score)| *member_score <= score(now_ms));
+        let at_most = self.step.unwrap_or(at_most) as usize;
+        let left = lapsed.split_off(at_most.min(lapsed.len()));
+        let removed = self.retain(|member| !lapsed.contains(member));
+        Pruned { removed, left: left.len() as u64 }
+    }
+
+    fn has_lapsed(&self, key: &u8, now_ms: i64) -> bool {
+        self.members.iter().any(|(member, its)| member == key && *its <= score(now_ms))
     }
 
     fn count(&self) -> u64 {
@@ -202,9 +213,24 @@ fn check_expiry(set: &Set) {
     }
 }
 
-fn check(steps: Vec<Step>) {
+/// Takes one command's steps on a set, knowing what the command before it found out.
+fn on<R>(set: &mut Set, facts: &mut Facts, work: impl FnOnce(&mut Limiter<Set>) -> R) -> R {
+    let mut limiter = Limiter::new(std::mem::take(set), *facts);
+    let result = work(&mut limiter);
+    *facts = limiter.facts();
+    *set = limiter.leases;
+    result
+}
+
+/// The same, knowing nothing.
+fn on_unknown<R>(set: &mut Set, work: impl FnOnce(&mut Limiter<Set>) -> R) -> R {
+    on(set, &mut Facts::UNKNOWN.clone(), work)
+}
+
+fn check(steps: Vec<Step>, prune_step: Option<u64>) {
     let mut now_ms = START_MS;
-    let mut set = Set::default();
+    let mut set = Set { step: prune_step, ..Set::default() };
+    let mut facts = Facts::UNKNOWN;
     let mut model = Model::default();
     for step in steps {
         set.expire(now_ms);
@@ -218,13 +244,17 @@ fn check(steps: Vec<Step>) {
             Step::Acquire { key, limit, ttl_ms, nx } => {
                 let end_ms = lapse_after(now_ms, ttl_ms).unwrap();
                 let reacquire = if nx { Reacquire::Deny } else { Reacquire::Refresh };
-                let outcome = acquire(&mut set, &key, limit, end_ms, now_ms, reacquire);
+                let (outcome, live, lapsed) = on(&mut set, &mut facts, |limiter| {
+                    let outcome = limiter.acquire(&key, limit, end_ms, now_ms, reacquire);
+                    (outcome, limiter.live(), limiter.lapsed())
+                });
                 assert_eq!(outcome, model.acquire(key, limit, end_ms, nx));
-                let wait_ms = match next_free(set.count(), limit) {
+                assert_eq!(live, model.0.len() as u64, "the count is exact");
+                let wait_ms = match next_free(live, limit) {
                     NextFree::Now => Some(0),
                     NextFree::Never => None,
                     NextFree::WhenLapsed { rank } => {
-                        lapse_ms(set.sorted()[rank as usize].1).map(|ms| ms - now_ms)
+                        lapse_ms(set.sorted()[(lapsed + rank) as usize].1).map(|ms| ms - now_ms)
                     }
                 };
                 assert_eq!(wait_ms, model.wait_ms(limit, now_ms), "the hint is exact");
@@ -237,26 +267,32 @@ fn check(steps: Vec<Step>) {
             Step::Renew { key, ttl_ms } => {
                 let end_ms = lapse_after(now_ms, ttl_ms).unwrap();
                 let live = model.0.get_mut(&key).map(|end| *end = Some(end_ms)).is_some();
-                assert_eq!(renew(&mut set, &key, end_ms, now_ms), live);
+                let renewed =
+                    on(&mut set, &mut facts, |limiter| limiter.renew(&key, end_ms, now_ms));
+                assert_eq!(renewed, live);
             }
             Step::Release { keys } => {
                 let held = model.0.len();
                 model.0.retain(|key, _| !keys.contains(key));
-                assert_eq!(release(&mut set, &keys, now_ms), (held - model.0.len()) as u64);
+                let released = on(&mut set, &mut facts, |limiter| limiter.release(&keys, now_ms));
+                assert_eq!(released, (held - model.0.len()) as u64);
             }
             Step::Wait { ms } => now_ms += ms,
             Step::ForeignAdd { key, score } => {
+                facts = Facts::UNKNOWN;
                 set.members.retain(|(member, _)| *member != key);
                 set.members.push((key, score));
                 model.0.insert(key, lapse_ms(score));
                 model.lapse(now_ms);
             }
             Step::ForeignRemove { key } => {
+                facts = Facts::UNKNOWN;
                 set.members.retain(|(member, _)| *member != key);
                 set.drop_expiry_if_empty();
                 model.0.remove(&key);
             }
             Step::ForeignExpiry { expiry_ms } if !set.members.is_empty() => {
+                facts = Facts::UNKNOWN;
                 set.expiry_ms = expiry_ms;
             }
             Step::ForeignExpiry { .. } => {}
@@ -264,7 +300,11 @@ fn check(steps: Vec<Step>) {
         if set.wrote {
             check_expiry(&set);
             let live: Vec<u8> = model.0.keys().copied().collect();
-            let mut held: Vec<u8> = set.members.iter().map(|(key, _)| *key).collect();
+            let mut held = set.members.clone();
+            if prune_step.is_some() {
+                held.retain(|(_, its)| *its > score(now_ms)); // The rest comes later.
+            }
+            let mut held: Vec<u8> = held.iter().map(|(key, _)| *key).collect();
             held.sort_unstable();
             assert_eq!(held, live, "after a write the set is the live leases, and nothing else");
         }
@@ -276,7 +316,15 @@ proptest! {
 
     #[test]
     fn the_rules_decide_as_the_model(steps in prop::collection::vec(step(), 1..60)) {
-        check(steps);
+        check(steps, None);
+    }
+
+    #[test]
+    fn and_so_they_do_when_they_prune_a_few_at_a_time(
+        steps in prop::collection::vec(step(), 1..60),
+        prune_step in 1..3_u64,
+    ) {
+        check(steps, Some(prune_step));
     }
 
     #[test]
@@ -331,8 +379,11 @@ fn the_largest_ttl_ends_at_the_last_exact_millisecond() {
 #[test]
 fn a_short_ttl_never_shortens_the_sets_expiry() {
     let mut set = Set::default();
-    acquire(&mut set, &1, 2, START_MS + 3 * EXPIRY_SLACK_MAX_MS, START_MS, Reacquire::Refresh);
-    acquire(&mut set, &2, 2, START_MS + 1, START_MS, Reacquire::Refresh);
+    for (key, ttl_ms) in [(1, 3 * EXPIRY_SLACK_MAX_MS), (2, 1)] {
+        on_unknown(&mut set, |limiter| {
+            limiter.acquire(&key, 2, START_MS + ttl_ms, START_MS, Reacquire::Refresh)
+        });
+    }
     check_expiry(&set);
 }
 
@@ -343,7 +394,9 @@ fn the_expiry_is_written_about_once_an_hour() {
     for second in 0..seconds {
         let now_ms = START_MS + second * 1000;
         let key = (second % 7) as u8;
-        acquire(&mut set, &key, 100, now_ms + ttl_ms, now_ms, Reacquire::Refresh);
+        on_unknown(&mut set, |limiter| {
+            limiter.acquire(&key, 100, now_ms + ttl_ms, now_ms, Reacquire::Refresh)
+        });
         check_expiry(&set);
     }
     assert!((1..=11).contains(&set.expiries_written), "{}", set.expiries_written);
@@ -353,12 +406,15 @@ fn the_expiry_is_written_about_once_an_hour() {
 fn a_limit_below_the_holders_evicts_nobody_and_waits_for_enough_to_lapse() {
     let mut set = Set::default();
     for key in 0..5 {
-        acquire(&mut set, &key, 5, START_MS + 100 * i64::from(key + 1), START_MS, Reacquire::Deny);
+        on_unknown(&mut set, |limiter| {
+            let lapse_ms = START_MS + 100 * i64::from(key + 1);
+            limiter.acquire(&key, 5, lapse_ms, START_MS, Reacquire::Deny)
+        });
     }
-    assert_eq!(
-        acquire(&mut set, &9, 2, START_MS + 1000, START_MS, Reacquire::Refresh),
-        Outcome::Denied
-    );
+    let outcome = on_unknown(&mut set, |limiter| {
+        limiter.acquire(&9, 2, START_MS + 1000, START_MS, Reacquire::Refresh)
+    });
+    assert_eq!(outcome, Outcome::Denied);
     assert_eq!(set.count(), 5);
     // Four of the five must go before one of two slots is free.
     assert_eq!(next_free(5, 2), NextFree::WhenLapsed { rank: 3 });
