@@ -9,7 +9,7 @@ mod harness;
 
 use std::collections::BTreeMap;
 
-use harness::{Client, Server};
+use harness::{wait_until, Client, Server};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use redis::Value;
@@ -18,23 +18,64 @@ const HOUR_MS: i64 = 3_600_000;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Acquire { key: u8, limit: u8, ttl_ms: i64, nx: bool },
-    Renew { key: u8, ttl_ms: i64 },
-    Release { first: u8, second: u8 },
+    Acquire {
+        key: u8,
+        limit: u8,
+        ttl_ms: i64,
+        nx: bool,
+    },
+    Renew {
+        key: u8,
+        ttl_ms: i64,
+    },
+    Release {
+        first: u8,
+        second: u8,
+    },
     Count,
     Holders,
     LetLapse,
-    Zadd { key: u8, offset_ms: i64 },
-    ZaddForever { key: u8 },
-    Zrem { key: u8 },
-    Pexpire { ms: i64 },
+    Zadd {
+        key: u8,
+        offset_ms: i64,
+    },
+    ZaddForever {
+        key: u8,
+    },
+    Zrem {
+        key: u8,
+    },
+    Pexpire {
+        ms: i64,
+    },
     Persist,
     Del,
     SetOther,
     RenameAwayAndBack,
     DumpAndRestore,
     DebugReload,
+    /// Anything else that may put another set under the name, or another end on a lease.
+    Foreign(&'static [&'static str]),
 }
+
+/// Each one in a way that a plain ZADD or DEL is not: as a whole set, with the same number of
+/// leases and the same expiry, from another database, unseen in a script or a transaction.
+const FOREIGN: [&[&str]; 14] = [
+    &["COPY p saved REPLACE"],
+    &["COPY saved p REPLACE"],
+    &["COPY p saved DB 1 REPLACE"],
+    &["SWAPDB 0 1"],
+    &["RENAME saved p"],
+    &["ZUNIONSTORE p 2 p saved AGGREGATE MIN"],
+    &["ZUNIONSTORE p 2 p saved AGGREGATE MAX"],
+    &["ZRANGESTORE p saved 0 -1"],
+    &["ZINCRBY p -50 k1"],
+    &["ZADD p 1 k2"],
+    &["ZPOPMIN p", "ZPOPMAX p"],
+    &["FLUSHDB"],
+    &["MULTI", "PEXPIRE p 5000", "ZADD p +inf k3", "ZREM p k3", "ZADD p 2 k4", "EXEC"],
+    &["DEBUG LOADAOF"],
+];
 
 fn ttl_ms() -> impl Strategy<Value = i64> {
     prop_oneof![2 => 1..40_i64, 3 => 10_000..100_000_i64, 1 => HOUR_MS..10 * HOUR_MS]
@@ -62,6 +103,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::RenameAwayAndBack),
         1 => Just(Step::DumpAndRestore),
         1 => Just(Step::DebugReload),
+        6 => prop::sample::select(&FOREIGN[..]).prop_map(Step::Foreign),
     ]
 }
 
@@ -189,8 +231,9 @@ impl Run<'_> {
                 }
             }
             Step::Zadd { key, offset_ms } => {
-                let end_ms = self.client.now_ms() + offset_ms;
-                self.client.int(&format!("ZADD p {} k{key}", seconds(end_ms)));
+                let end = seconds(self.client.now_ms() + offset_ms);
+                let script = format!("return redis.call('ZADD', KEYS[1], {end}, 'k{key}')");
+                self.client.run(&["EVAL", &script, "1", "p"]);
             }
             Step::ZaddForever { key } => {
                 self.client.int(&format!("ZADD p +inf k{key}"));
@@ -228,6 +271,11 @@ impl Run<'_> {
             Step::DebugReload => {
                 assert_eq!(self.client.call("DEBUG RELOAD"), Value::Okay);
             }
+            Step::Foreign(commands) => {
+                for command in *commands {
+                    self.client.call(command);
+                }
+            }
         }
     }
 
@@ -259,13 +307,13 @@ impl Run<'_> {
 
 #[test]
 fn the_server_answers_as_the_model_under_foreign_writes() {
-    let server = Server::start();
+    let server = Server::start_with(&["--appendonly", "yes"]);
     let mut client = server.client();
     let (mut judged, mut passed_over) = (0, 0);
     let steps = prop::collection::vec(step(), 1..80);
     let counts = std::cell::RefCell::new((&mut judged, &mut passed_over));
     let client = std::cell::RefCell::new(&mut client);
-    TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(150) })
+    TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(200) })
         .run(&steps, |steps| {
             let mut client = client.borrow_mut();
             client.call("FLUSHALL");
@@ -281,4 +329,26 @@ fn the_server_answers_as_the_model_under_foreign_writes() {
         .unwrap();
     println!("{judged} replies judged, {passed_over} passed over");
     assert!(judged > 20 * passed_over, "{judged} judged, {passed_over} passed over");
+}
+
+#[test]
+fn a_server_that_was_a_replica_for_a_while_knows_nothing_of_before() {
+    let (server, other) = (Server::start(), Server::start());
+    let (mut client, mut on_other) = (server.client(), other.client());
+    for ttl in ["100", "10000", "1000"] {
+        assert_eq!(client.int(&format!("LIMITER.ACQUIRE p k1 2 {ttl}")), 1);
+        assert_eq!(client.int(&format!("LIMITER.ACQUIRE p k2 2 {ttl}")), 1);
+        on_other.call("FLUSHALL");
+        on_other.int("ZADD p 1 lapsed 99999999999 far");
+        on_other.int("PEXPIRE p 100000");
+        client.call(&format!("REPLICAOF 127.0.0.1 {}", other.port));
+        wait_until("it has the other's data", || {
+            client.strings("ZRANGE p 0 -1") == ["lapsed", "far"]
+        });
+        client.call("REPLICAOF NO ONE");
+        assert_eq!(client.int("LIMITER.ACQUIRE p k3 2 10"), 1, "the lapsed one is pruned");
+        assert_eq!(client.strings("ZRANGE p 0 -1"), ["k3", "far"]);
+        assert!(client.int("PEXPIRETIME p") >= 99_999_999_999_000, "after the last lease's end");
+        client.call("FLUSHALL");
+    }
 }
