@@ -124,7 +124,7 @@ pub fn acquire(
     now_ms: i64,
 ) -> Result<Taken, NotOpened> {
     let mut open = OpenLimiter::open(ctx, ask.prefix)?;
-    let (outcome, line) = take(ctx, ask, reacquire, now_ms, &mut open.limiter);
+    let (outcome, line) = take(ctx, ask, reacquire, now_ms, &mut open);
     let waiting = line.map_or(0, |line| with(|hall| hall.lines.len(line)));
     Ok(Taken { outcome, live: open.limiter.live(), lapsed: open.limiter.lapsed(), waiting })
 }
@@ -141,7 +141,7 @@ pub fn acquire_or_wait<B: Blocking>(
     now_ms: i64,
 ) -> Result<Turn, NotOpened> {
     let mut open = OpenLimiter::open(ctx, ask.prefix)?;
-    if take(ctx, ask, Reacquire::Refresh, now_ms, &mut open.limiter).0 != Outcome::Denied {
+    if take(ctx, ask, Reacquire::Refresh, now_ms, &mut open).0 != Outcome::Denied {
         return Ok(Turn::Granted);
     }
     let Some(client) = BlockedClient::block::<B>(ctx) else {
@@ -175,16 +175,15 @@ pub fn acquire_or_wait<B: Blocking>(
 /// # Errors
 /// [`NotOpened`].
 pub fn release(ctx: &Context, prefix: Str<'_>, keys: &[Str<'_>]) -> Result<u64, NotOpened> {
-    let (db, now_ms) = (ctx.db(), ctx.now_ms());
+    let now_ms = ctx.now_ms();
     let mut open = OpenLimiter::open(ctx, prefix)?;
     let released = open.limiter.release(keys, now_ms);
-    let line = with(|hall| {
+    with(|hall| {
         if !hall.ties.is_empty() {
-            keys.iter().for_each(|key| hall.ties.cut(db, prefix.bytes(), key.bytes()));
+            keys.iter().for_each(|key| hall.ties.cut(open.db, prefix.bytes(), key.bytes()));
         }
-        hall.lines.line(db, prefix.bytes())
     });
-    serve(ctx, line, &mut open.limiter, now_ms);
+    serve(ctx, open.line, &mut open.limiter, now_ms);
     Ok(released)
 }
 
@@ -199,16 +198,15 @@ pub fn renew(
     ttl_ms: i64,
     now_ms: i64,
 ) -> Result<bool, NotOpened> {
-    let (db, lapse_ms) = (ctx.db(), lapse_ms(now_ms, ttl_ms));
+    let lapse_ms = lapse_ms(now_ms, ttl_ms);
     let mut open = OpenLimiter::open(ctx, prefix)?;
     let renewed = open.limiter.renew(&key, lapse_ms, now_ms);
-    let line = with(|hall| {
+    with(|hall| {
         if renewed && !hall.ties.is_empty() {
-            hall.ties.renewed(db, prefix.bytes(), key.bytes(), lapse_ms);
+            hall.ties.renewed(open.db, prefix.bytes(), key.bytes(), lapse_ms);
         }
-        hall.lines.line(db, prefix.bytes())
     });
-    serve(ctx, line, &mut open.limiter, now_ms);
+    serve(ctx, open.line, &mut open.limiter, now_ms);
     Ok(renewed)
 }
 
@@ -247,6 +245,8 @@ pub fn gone(ctx: &Context, client: BlockedClient) {
 /// A limiter, opened for one command.
 struct OpenLimiter<'c> {
     limiter: Limiter<SortedSet<'c>>,
+    /// Its line, if somebody waited when it was opened.
+    line: Option<LineId>,
     db: i32,
     prefix: Str<'c>,
 }
@@ -255,14 +255,14 @@ impl<'c> OpenLimiter<'c> {
     fn open(ctx: &'c Context, prefix: Str<'c>) -> Result<Self, NotOpened> {
         let set = SortedSet::open(ctx, prefix)?;
         let db = ctx.db();
-        let (facts, listens) = with(|hall| {
+        let (facts, line, listens) = with(|hall| {
             let listens = std::mem::replace(&mut hall.listens_for_writes, true);
-            (hall.facts.of(db, prefix.bytes()), listens)
+            (hall.facts.of(db, prefix.bytes()), hall.lines.line(db, prefix.bytes()), listens)
         });
         if !listens {
             listen_for_writes::<Pump>(ctx);
         }
-        Ok(Self { limiter: Limiter::new(set, facts), db, prefix })
+        Ok(Self { limiter: Limiter::new(set, facts), line, db, prefix })
     }
 }
 
@@ -279,20 +279,19 @@ fn take(
     ask: &Ask<'_>,
     reacquire: Reacquire,
     now_ms: i64,
-    limiter: &mut Limiter<SortedSet<'_>>,
+    open: &mut OpenLimiter<'_>,
 ) -> (Outcome, Option<LineId>) {
-    let db = ctx.db();
-    let (prefix, key) = (ask.prefix.bytes(), ask.key.bytes());
-    let mut line = with(|hall| hall.lines.line(db, prefix));
+    let (db, prefix, key) = (open.db, ask.prefix.bytes(), ask.key.bytes());
+    let mut line = open.line;
     if line.is_some() {
         // The line comes first. It may be served to its end, and is in nobody's way then.
-        serve(ctx, line, limiter, now_ms);
+        serve(ctx, line, &mut open.limiter, now_ms);
         line = with(|hall| hall.lines.line(db, prefix));
     }
     // Nobody is let in past a line, also not into a slot that it could not be given yet.
     let limit = if line.is_some() { 0 } else { ask.limit };
     let lapse_ms = lapse_ms(now_ms, ask.ttl_ms);
-    let outcome = limiter.acquire(&ask.key, limit, lapse_ms, now_ms, reacquire);
+    let outcome = open.limiter.acquire(&ask.key, limit, lapse_ms, now_ms, reacquire);
     if outcome == Outcome::Denied {
         return (outcome, line);
     }
@@ -303,7 +302,7 @@ fn take(
         }
         Until::Lapse => hall.ties.cut(db, prefix, key),
     });
-    serve(ctx, line, limiter, now_ms); // What was refreshed lapses at another time.
+    serve(ctx, line, &mut open.limiter, now_ms); // What was refreshed lapses at another time.
     (outcome, line)
 }
 

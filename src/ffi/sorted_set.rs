@@ -159,9 +159,12 @@ impl<'c> SortedSet<'c> {
         match set.key_type() {
             KeyType::Other => Err(NotOpened::WrongType),
             KeyType::Empty if ctx.data_is_frozen() => Err(NotOpened::Frozen),
-            KeyType::Empty | KeyType::SortedSet => {
-                Ok(Self { set, ctx, prefix, events: Events { ctx, prefix, in_order: Vec::new() } })
-            }
+            KeyType::Empty | KeyType::SortedSet => Ok(Self {
+                set,
+                ctx,
+                prefix,
+                events: Events { ctx, prefix, any: false, in_order: Vec::new() },
+            }),
         }
     }
 
@@ -461,27 +464,28 @@ pub(super) fn is_our_event(text: &CStr) -> bool {
 struct Events<'c> {
     ctx: &'c Context,
     prefix: Str<'c>,
+    any: bool,
     in_order: Vec<(i32, &'static CStr)>,
 }
 
 impl Events<'_> {
     fn add(&mut self, class: i32, event: &'static CStr) {
-        self.in_order.push((class, event));
+        self.any = true;
+        if anybody_listens() {
+            self.in_order.push((class, event));
+        }
     }
 }
 
 impl Drop for Events<'_> {
     fn drop(&mut self) {
-        if self.in_order.is_empty() {
+        if !self.any {
             return; // What did not change must not abort a WATCH.
         }
         let (ctx, prefix) = (self.ctx.as_ptr(), self.prefix.as_ptr());
         // SAFETY: context and name are valid during the call, and no handle on the key is open.
         unsafe {
             api!(RedisModule_SignalModifiedKey(ctx, prefix));
-            if !anybody_listens() {
-                return;
-            }
             for (class, event) in &self.in_order {
                 api!(RedisModule_NotifyKeyspaceEvent(ctx, *class, event.as_ptr(), prefix));
             }
