@@ -24,6 +24,10 @@ test-servers: setup ## Run every test on each server that can be installed here
 	@scripts/setup --servers
 	@scripts/test-servers
 
+# Thousands of waiters are as many connections.
+bench: setup ## Measure the module beside the other ways (about 6 minutes; QUICK=1: one; ROUNDS=n)
+	ulimit -n "$$(ulimit -Hn)" && cargo bench --locked --bench bench
+
 lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
@@ -35,4 +39,4 @@ clean: ## Remove what was built, downloaded and stored
 	cargo clean
 	rm -rf .servers appendonlydir appendonlydir-*
 
-.PHONY: help setup build run test test-servers lint fmt clean
+.PHONY: help setup build run test test-servers bench lint fmt clean
