@@ -91,8 +91,8 @@ pub fn bars(results: &Results) -> Vec<Bar> {
     let member = bytes(&lease, &Module) / bytes(&lease, &Plain);
     bar("bytes of a lease / of a sorted-set member".into(), member, AtMost(1.01));
     let waiter = memory::waiter_subject();
-    let beyond = bytes(&waiter, &Way::Module) - bytes(&waiter, &Way::Blpop);
-    bar("bytes of a waiter beyond one of BLPOP".into(), beyond, AtMost(1024.0));
+    let beyond = bytes(&waiter, &Way::Module) - bytes(&waiter, &memory::BLOCK);
+    bar("bytes of a waiter beyond a module's blocked client".into(), beyond, AtMost(1024.0));
     bars
 }
 

@@ -38,9 +38,9 @@ pub fn server_with_module(options: &[&str]) -> Server {
     on_its_core(Server::start_with(options))
 }
 
-/// A server on its core, without the module.
-pub fn bare_server() -> Server {
-    on_its_core(Server::start_bare(&[]))
+/// A server on its core, without this module.
+pub fn bare_server(options: &[&str]) -> Server {
+    on_its_core(Server::start_bare(options))
 }
 
 fn on_its_core(server: Server) -> Server {

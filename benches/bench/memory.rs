@@ -3,6 +3,9 @@
 //!
 //! Measured once: it is the same every time.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 use crate::contenders::{number, Contender};
 use crate::harness::{wait_until, Client};
 use crate::lab;
@@ -53,31 +56,53 @@ fn leases(results: &mut Results) {
     }
 }
 
-/// The same clients waiting by BACQUIRE and by BLPOP, with a time-out.
+/// The same clients, blocked by BACQUIRE, by a module that does nothing else, and by BLPOP. The
+/// first two have in common what the server takes for a client that a module blocks.
 fn waiters(results: &mut Results) {
-    let server = lab::server_with_module(&[]);
-    let mut admin = server.client();
-    admin.call("LIMITER.ACQUIRE limiter holder 1 3600");
-    for way in [Way::Module, Way::Blpop] {
-        wait_until_settled(&mut admin);
+    let block = block_module();
+    let block = block.to_str().expect("a path in UTF-8");
+    let servers = [
+        (Way::Module.to_string(), lab::server_with_module(&[])),
+        (BLOCK.into(), lab::bare_server(&["--loadmodule", block])),
+        (Way::Blpop.to_string(), lab::bare_server(&[])),
+    ];
+    let command = |contender: &str, number| {
+        let holder = lab::holder(number);
+        if contender == BLOCK {
+            vec!["BLOCK".to_string()]
+        } else if contender == Way::Blpop.to_string() {
+            ["BLPOP", "list", "3600"].map(String::from).to_vec()
+        } else {
+            ["LIMITER.BACQUIRE", "limiter", &holder, "0", "3600", "3600"].map(String::from).to_vec()
+        }
+    };
+    for (contender, server) in &servers {
+        let mut admin = server.client();
         let before = lab::used_memory(&mut admin);
         let mut clients: Vec<_> = (0..WAITERS).map(|_| server.client()).collect();
         for (client, number) in clients.iter_mut().zip(0..) {
-            let holder = lab::holder(number);
-            match way {
-                Way::Module => {
-                    client.send(&["LIMITER.BACQUIRE", "limiter", &holder, "1", "3600", "3600"]);
-                }
-                _ => client.send(&["BLPOP", "list", "3600"]),
-            }
+            client.send(&command(contender, number));
         }
         wait_until("all wait", || admin.info("clients", "blocked_clients") == WAITERS.to_string());
         wait_until_settled(&mut admin);
         let each = (lab::used_memory(&mut admin) - before) / WAITERS as f64;
-        results.add(&waiter_subject(), Quantity::Memory, &way.to_string(), each);
-        drop(clients);
-        wait_until("all are gone", || admin.info("clients", "connected_clients") == "1");
+        results.add(&waiter_subject(), Quantity::Memory, contender, each);
     }
+}
+
+/// The name of the module that does nothing but block.
+pub const BLOCK: &str = "a module that only blocks";
+
+/// Builds that module.
+fn block_module() -> PathBuf {
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/bench/block.c");
+    let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("block.so");
+    let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
+    let mut build = Command::new(compiler);
+    build.args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"]);
+    let built = build.args([library.as_path(), Path::new(source)]).status();
+    assert!(built.expect("a C compiler").success(), "{source} does not compile");
+    library
 }
 
 /// Waits until the server has taken back the buffers that clients needed to send a command, which

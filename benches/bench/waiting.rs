@@ -85,7 +85,7 @@ pub struct Waiting {
 impl Waiting {
     pub fn set_up(extent: Extent) -> Self {
         let with_module = lab::server_with_module(&[]);
-        let bare = lab::bare_server();
+        let bare = lab::bare_server(&[]);
         let acquire = Acquire::load(&mut bare.client());
         let latencies = Way::ALL.map(|way| (way, histogram())).into();
         Self { with_module, bare, acquire, extent, latencies }
