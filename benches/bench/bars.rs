@@ -50,6 +50,8 @@ pub fn bars(results: &Results) -> Vec<Bar> {
     bar(format!("{}: Lua's cost / ours", held(50)), lua(held(50)), AtLeast(5.0));
     let throughput = results.throughput(held(50), Module) / results.throughput(held(50), Script);
     bar(format!("{}: our throughput / Lua's", held(50)), throughput, AtLeast(4.0));
+    let in_each = Situation::HeldInEach { holders: 50 };
+    bar(format!("{in_each}: Lua's cost / ours"), lua(in_each), AtLeast(5.0));
     let denied = Situation::Denied { holders: 100 };
     bar(format!("{denied}: Lua's cost / ours"), lua(denied), AtLeast(3.5));
     let lapsing = Situation::Lapsing;

@@ -34,7 +34,7 @@ impl Trial {
     }
 
     fn with_connections(connections: u32, pipeline: u32) -> Self {
-        let situation = Situation::Held { holders: 50 };
+        let situation = Situation::HeldInEach { holders: 50 };
         let plural = if connections == 1 { "" } else { "s" };
         let pipelined = if pipeline == 1 { "not pipelined" } else { "pipelined 64 deep" };
         let subject = format!("{situation}, {connections} connection{plural}, {pipelined}");
@@ -59,7 +59,8 @@ impl<'a> Trials<'a> {
     pub fn all(server: &'a Server, extent: Extent) -> Self {
         let held = SCALES.map(|holders| Situation::Held { holders });
         let others = [
-            Situation::HeldAsSkiplist { holders: 50 },
+            Situation::HeldInEach { holders: 50 },
+            Situation::HeldInEachSkiplist { holders: 50 },
             Situation::Denied { holders: 100 },
             Situation::Lapsing,
             Situation::Count { holders: 100 },
@@ -74,9 +75,9 @@ impl<'a> Trials<'a> {
         Self::set_up(server, trials, extent)
     }
 
-    /// 50 of 100 held, on a server that also does something else with every write.
+    /// One situation, on a server that also does something else with every write.
     pub fn beside(server: &'a Server, what: &str, extent: Extent) -> Self {
-        let mut trial = Trial::usual(Situation::Held { holders: 50 });
+        let mut trial = Trial::usual(Situation::HeldInEach { holders: 50 });
         trial.subject = format!("{}, {what}", trial.subject);
         Self::set_up(server, vec![trial], extent)
     }
@@ -88,37 +89,36 @@ impl<'a> Trials<'a> {
         let trials = Self { server, acquire, trials, requests };
         for (trial, contender) in trials.pairs() {
             trials.fill(&mut client, trial, contender);
-            trials.run(trial, contender);
+            trials.try_once(&mut client, trial, contender);
+            trials.run(trial, contender, requests / 5);
         }
         trials
     }
 
     fn fill(&self, client: &mut Client, trial: &Trial, contender: Contender) {
         const LISTPACK: &str = "zset-max-listpack-entries";
-        let key = trial.key(contender);
         let from_s = client.now_ms() / 1000 + 3600;
         let usual = client.strings(&format!("CONFIG GET {LISTPACK}"))[1].clone();
-        if matches!(trial.situation, Situation::HeldAsSkiplist { .. }) {
-            client.call(&format!("CONFIG SET {LISTPACK} 0"));
+        if matches!(trial.situation, Situation::HeldInEachSkiplist { .. }) {
+            assert_eq!(client.text(&format!("CONFIG SET {LISTPACK} 0")), "OK");
         }
-        lab::fill(client, &key, trial.situation.holders(), from_s);
-        client.call(&format!("CONFIG SET {LISTPACK} {usual}"));
+        for set in trial.situation.sets(&trial.key(contender)) {
+            lab::fill(client, &set, trial.situation.holders(), from_s);
+        }
+        assert_eq!(client.text(&format!("CONFIG SET {LISTPACK} {usual}")), "OK");
+    }
 
-        // Who acquires in one command must answer as the situation wants.
-        if let [command] = &trial.situation.commands(contender, &self.acquire, &key)[..] {
+    /// Sees that a contender answers as the situation wants. Those who do it with plain commands
+    /// have no answer of their own.
+    fn try_once(&self, client: &mut Client, trial: &Trial, contender: Contender) {
+        if matches!(contender, Contender::Plain | Contender::Retools) {
+            return;
+        }
+        let key = trial.key(contender);
+        for command in trial.situation.commands(contender, &self.acquire, &key) {
             let command: Vec<_> =
                 command.iter().map(|arg| arg.replace("__rand_int__", "000000000000")).collect();
-            let reply = client.run(&command);
-            if !matches!(contender, Contender::Plain | Contender::Retools) {
-                let expected = match trial.situation {
-                    Situation::Held { .. }
-                    | Situation::HeldAsSkiplist { .. }
-                    | Situation::Lapsing => 1,
-                    Situation::Denied { .. } => 0,
-                    Situation::Count { holders } => holders as i64,
-                };
-                assert_eq!(reply, Value::Int(expected), "{key}");
-            }
+            assert_eq!(client.run(&command), Value::Int(trial.situation.answer()), "{key}");
         }
     }
 
@@ -134,9 +134,7 @@ impl<'a> Trials<'a> {
 
     /// One call, as the sum of its commands. They are measured one kind at a time: a caller sends
     /// each after the reply to the one before, so their times add up.
-    fn run(&self, trial: &Trial, contender: Contender) -> Taken {
-        // A single request on its way is slower by the round trip.
-        let requests = if trial.pipeline == 1 { self.requests * 2 / 5 } else { self.requests };
+    fn run(&self, trial: &Trial, contender: Contender, requests: u32) -> Taken {
         let load = Load {
             connections: trial.connections,
             pipeline: trial.pipeline,
@@ -155,7 +153,9 @@ impl<'a> Trials<'a> {
     /// Each contender in each trial once.
     pub fn round(&self, results: &mut Results) {
         for (trial, contender) in self.pairs() {
-            let taken = self.run(trial, contender);
+            // One at a time on each connection takes that much longer.
+            let requests = if trial.pipeline == 1 { self.requests * 2 / 5 } else { self.requests };
+            let taken = self.run(trial, contender, requests);
             let contender = contender.to_string();
             results.add(&trial.subject, Quantity::Cost, &contender, taken.cost_us);
             results.add(&trial.subject, Quantity::Throughput, &contender, 1e6 / taken.interval_us);
@@ -166,9 +166,10 @@ impl<'a> Trials<'a> {
     pub fn check(&self) {
         let mut client = self.server.client();
         for (trial, contender) in self.pairs().filter(|(trial, _)| trial.situation.holders() > 0) {
-            let key = trial.key(contender);
-            let held = client.run(&["ZCARD", key.as_str()]);
-            assert_eq!(held, Value::Int(trial.situation.holders() as i64), "{key}");
+            for set in trial.situation.sets(&trial.key(contender)) {
+                let held = client.run(&["ZCARD", set.as_str()]);
+                assert_eq!(held, Value::Int(trial.situation.holders() as i64), "{set}");
+            }
         }
     }
 

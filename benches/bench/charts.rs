@@ -69,7 +69,7 @@ fn holders_lines(results: &Results, quantity: Quantity) -> Vec<Line> {
 fn by_holders(file: &Path, title: &str, unit: &str, lines: &[Line]) -> Drawn {
     let area = page(file)?;
     let mut chart = with_margins(title, &area)
-        .build_cartesian_2d((1.0..1e6).log_scale(), 0.0..1.1 * largest(lines))?;
+        .build_cartesian_2d((1.0..1e6).log_scale(), 0.0..1.3 * largest(lines))?;
     axes(&mut chart, "holders", unit)?;
     plot(&mut chart, lines)?;
     legend(&mut chart, SeriesLabelPosition::UpperRight)?;
@@ -142,6 +142,7 @@ fn with_margins<'a, 'b>(title: &str, area: &'a Page<'b>) -> ChartBuilder<'a, 'b,
     builder
         .caption(title, ("sans-serif", 20))
         .margin(16)
+        .margin_right(44)
         .x_label_area_size(44)
         .y_label_area_size(80);
     builder

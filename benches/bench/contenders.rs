@@ -54,10 +54,14 @@ impl fmt::Display for Contender {
 /// A state, and what is asked in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Situation {
-    /// So many hold leases under a limit of twice as many; random ones of them acquire again.
+    /// So many hold leases under a limit of twice as many; random ones of them acquire again. At
+    /// full speed few holders come again within the millisecond, where a lease of the module's is
+    /// the same to the millisecond and nothing is written, while a script's is another.
     Held { holders: u64 },
-    /// The same with the set as a skiplist however small, as redis.conf.example has it.
-    HeldAsSkiplist { holders: u64 },
+    /// The same in each of as many limiters, where hardly anybody comes again so soon.
+    HeldInEach { holders: u64 },
+    /// The same as skiplists however small, as redis.conf.example has it.
+    HeldInEachSkiplist { holders: u64 },
     /// So many hold leases under a limit of as many; others ask.
     Denied { holders: u64 },
     /// Each call is a new holder whose lease lapses after 10 ms, so that calls prune.
@@ -67,24 +71,48 @@ pub enum Situation {
 }
 
 impl Situation {
-    /// How many members the set has before the measure.
+    /// The sets, by the key that is given to [`Self::commands`].
+    pub fn sets(self, key: &str) -> Vec<String> {
+        match self {
+            Self::HeldInEach { holders } | Self::HeldInEachSkiplist { holders } => {
+                (0..holders).map(|number| format!("{key}:{number:012}")).collect()
+            }
+            _ => vec![key.to_string()],
+        }
+    }
+
+    /// How many members each set has.
     pub fn holders(self) -> u64 {
         match self {
             Self::Held { holders }
-            | Self::HeldAsSkiplist { holders }
+            | Self::HeldInEach { holders }
+            | Self::HeldInEachSkiplist { holders }
             | Self::Denied { holders }
             | Self::Count { holders } => holders,
             Self::Lapsing => 0,
         }
     }
 
+    /// The integer that who does it in one command replies.
+    pub fn answer(self) -> i64 {
+        match self {
+            Self::Held { .. }
+            | Self::HeldInEach { .. }
+            | Self::HeldInEachSkiplist { .. }
+            | Self::Lapsing => 1,
+            Self::Denied { .. } => 0,
+            Self::Count { holders } => holders as i64,
+        }
+    }
+
     /// `__rand_int__` is below this.
     pub fn random_below(self) -> u64 {
         match self {
-            Self::Held { holders } | Self::HeldAsSkiplist { holders } if holders > 1 => holders,
             // The name of the only holder is not random, but the plain command's score is.
-            Self::Held { .. } | Self::HeldAsSkiplist { .. } => 1_000_000,
-            Self::Denied { .. } | Self::Count { .. } => 1_000_000,
+            Self::Held { holders: 1 } | Self::Denied { .. } | Self::Count { .. } => 1_000_000,
+            Self::Held { holders }
+            | Self::HeldInEach { holders }
+            | Self::HeldInEachSkiplist { holders } => holders,
             Self::Lapsing => 1_000_000_000,
         }
     }
@@ -96,7 +124,7 @@ impl Situation {
     /// - In `Lapsing` retools and the plain command do not take part: retools prunes only full
     ///   sets, and no one plain command does it.
     pub fn commands(self, contender: Contender, acquire: &Acquire, key: &str) -> Vec<Command> {
-        let held = |holders: u64| {
+        let held = |key: &str, holders: u64| {
             let holder = if holders > 1 { "holder:__rand_int__" } else { "holder:000000000000" };
             match contender {
                 Contender::Retools => {
@@ -108,7 +136,10 @@ impl Situation {
             }
         };
         match self {
-            Self::Held { holders } | Self::HeldAsSkiplist { holders } => held(holders),
+            Self::Held { holders } => held(key, holders),
+            Self::HeldInEach { holders } | Self::HeldInEachSkiplist { holders } => {
+                held(&format!("{key}:__rand_int__"), holders)
+            }
             Self::Denied { holders } => match contender {
                 Contender::Retools => {
                     let prune = ["ZREMRANGEBYSCORE", key, "-inf", &acquire.now];
@@ -134,8 +165,13 @@ impl fmt::Display for Situation {
             Self::Held { holders } => {
                 write!(f, "ACQUIRE, {} of {} held", number(*holders), number(2 * holders))
             }
-            Self::HeldAsSkiplist { holders } => {
-                write!(f, "{}, zset-max-listpack-entries 0", Self::Held { holders: *holders })
+            Self::HeldInEach { holders } => {
+                let held = Self::Held { holders: *holders };
+                write!(f, "{held} in each of {}", number(*holders))
+            }
+            Self::HeldInEachSkiplist { holders } => {
+                let held = Self::HeldInEach { holders: *holders };
+                write!(f, "{held}, zset-max-listpack-entries 0")
             }
             Self::Denied { holders } => {
                 write!(f, "ACQUIRE denied, {0} of {0} held", number(*holders))
