@@ -40,6 +40,16 @@ use results::Results;
 use serde_json::{json, Value};
 use waiting::Waiting;
 
+/// What the table's names mean.
+const NOTES: &str = "
+Median, smallest and largest of the rounds, and the ratio of the median to the module's.
+- plain command: ZADD with random scores for ACQUIRE, ZCARD for a denied one, ZREM for RELEASE,
+  ZCOUNT for COUNT, ZREMRANGEBYSCORE for lapsed leases.
+- retools: ZCARD and ZADD, one after the other; for a denied ACQUIRE ZCARD, ZREMRANGEBYSCORE, ZCARD.
+- hand-off, server time per call: of RELEASE; of RPUSH, without serving BLPOP, which the server does
+  not account for; of ZREM, PUBLISH and everybody's tries.
+";
+
 /// How much is measured in a round.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
@@ -64,8 +74,9 @@ fn main() {
         Some(_) => (Extent::Quick, 1),
         None => (Extent::Full, 7),
     };
-    let rounds: u32 =
-        given("ROUNDS").map_or(usual_rounds, |rounds| rounds.parse().expect("ROUNDS is a number"));
+    let rounds = given("ROUNDS")
+        .map_or(usual_rounds, |rounds| rounds.parse().expect("ROUNDS is a whole number"));
+    assert!(rounds > 0, "ROUNDS is at least 1");
 
     lab::pin_client();
     eprintln!("Setting up.");
@@ -105,7 +116,7 @@ fn main() {
 
     let bars = bars::bars(&results);
     let setting = setting(&server, rounds);
-    println!("{}", results.table());
+    println!("{NOTES}{}", results.table());
     for (name, value) in setting.as_object().expect("an object") {
         println!("{name}: {}", value.as_str().map_or(value.to_string(), str::to_string));
     }
