@@ -25,7 +25,7 @@ test-servers: setup ## Run every test on each server that can be installed here
 	@scripts/test-servers
 
 # Thousands of waiters are as many connections.
-bench: setup ## Measure the module beside the other ways (about 6 minutes; QUICK=1: one; ROUNDS=n)
+bench: setup ## Measure the module beside the other ways (7 minutes; QUICK=1: one; ROUNDS=n)
 	ulimit -n "$$(ulimit -Hn)" && cargo bench --locked --bench bench
 
 lint: setup ## Check format and clippy, warnings as errors

@@ -57,9 +57,9 @@ pub struct Trials<'a> {
 impl<'a> Trials<'a> {
     /// Every situation, and every way to connect.
     pub fn all(server: &'a Server, extent: Extent) -> Self {
-        let held = SCALES.map(|holders| Situation::Held { holders });
+        let held = SCALES.map(Situation::at_scale);
         let others = [
-            Situation::HeldInEach { holders: 50 },
+            Situation::Held { holders: 50 },
             Situation::HeldInEachSkiplist { holders: 50 },
             Situation::Denied { holders: 100 },
             Situation::Lapsing,
@@ -154,7 +154,7 @@ impl<'a> Trials<'a> {
     pub fn round(&self, results: &mut Results) {
         for (trial, contender) in self.pairs() {
             // One at a time on each connection takes that much longer.
-            let requests = if trial.pipeline == 1 { self.requests * 2 / 5 } else { self.requests };
+            let requests = if trial.pipeline == 1 { self.requests / 5 } else { self.requests };
             let taken = self.run(trial, contender, requests);
             let contender = contender.to_string();
             results.add(&trial.subject, Quantity::Cost, &contender, taken.cost_us);

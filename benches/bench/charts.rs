@@ -53,7 +53,7 @@ pub fn draw(folder: &Path, results: &Results, latencies: &[(Way, Histogram<u64>)
 fn holders_lines(results: &Results, quantity: Quantity) -> Vec<Line> {
     let line = |contender: Contender| {
         let points = SCALES.iter().filter_map(|&holders| {
-            let subject = Situation::Held { holders }.to_string();
+            let subject = Situation::at_scale(holders).to_string();
             let summary = results.summary(&subject, quantity, &contender.to_string())?;
             Some((holders as f64, summary))
         });

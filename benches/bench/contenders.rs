@@ -58,7 +58,9 @@ pub enum Situation {
     /// full speed few holders come again within the millisecond, where a lease of the module's is
     /// the same to the millisecond and nothing is written, while a script's is another.
     Held { holders: u64 },
-    /// The same in each of as many limiters, where hardly anybody comes again so soon.
+    /// The same in each of many limiters, where hardly anybody comes again so soon: 2,500 limiters
+    /// with one holder who comes, for few holders; else as many as holders, and all come, since
+    /// redis-benchmark has one range for the limiter's and the holder's number.
     HeldInEach { holders: u64 },
     /// The same as skiplists however small, as redis.conf.example has it.
     HeldInEachSkiplist { holders: u64 },
@@ -70,12 +72,25 @@ pub enum Situation {
     Count { holders: u64 },
 }
 
+/// So few holders would come again too soon even if there were as many limiters.
+const FEW: u64 = 10;
+
 impl Situation {
+    /// So many hold leases, in one limiter or in as many as it takes for holders not to come again
+    /// within a millisecond.
+    pub fn at_scale(holders: u64) -> Self {
+        if holders < 1_000 {
+            Self::HeldInEach { holders }
+        } else {
+            Self::Held { holders }
+        }
+    }
+
     /// The sets, by the key that is given to [`Self::commands`].
     pub fn sets(self, key: &str) -> Vec<String> {
         match self {
-            Self::HeldInEach { holders } | Self::HeldInEachSkiplist { holders } => {
-                (0..holders).map(|number| format!("{key}:{number:012}")).collect()
+            Self::HeldInEach { .. } | Self::HeldInEachSkiplist { .. } => {
+                (0..self.random_below()).map(|number| format!("{key}:{number:012}")).collect()
             }
             _ => vec![key.to_string()],
         }
@@ -108,11 +123,15 @@ impl Situation {
     /// `__rand_int__` is below this.
     pub fn random_below(self) -> u64 {
         match self {
-            // The name of the only holder is not random, but the plain command's score is.
-            Self::Held { holders: 1 } | Self::Denied { .. } | Self::Count { .. } => 1_000_000,
+            Self::HeldInEach { holders } | Self::HeldInEachSkiplist { holders }
+                if holders <= FEW =>
+            {
+                2_500
+            }
             Self::Held { holders }
             | Self::HeldInEach { holders }
             | Self::HeldInEachSkiplist { holders } => holders,
+            Self::Denied { .. } | Self::Count { .. } => 1_000_000,
             Self::Lapsing => 1_000_000_000,
         }
     }
@@ -124,7 +143,7 @@ impl Situation {
     ///   sets, and no one plain command does it.
     pub fn commands(self, contender: Contender, acquire: &Acquire, key: &str) -> Vec<Command> {
         let held = |key: &str, holders: u64| {
-            let holder = if holders > 1 { "holder:__rand_int__" } else { "holder:000000000000" };
+            let holder = if holders > FEW { "holder:__rand_int__" } else { "holder:000000000000" };
             match contender {
                 Contender::Retools => {
                     let add = ["ZADD", key, SCORE, holder];
@@ -166,7 +185,7 @@ impl fmt::Display for Situation {
             }
             Self::HeldInEach { holders } => {
                 let held = Self::Held { holders: *holders };
-                write!(f, "{held} in each of {}", number(*holders))
+                write!(f, "{held} in each of {}", number(self.random_below()))
             }
             Self::HeldInEachSkiplist { holders } => {
                 let held = Self::HeldInEach { holders: *holders };

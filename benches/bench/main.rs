@@ -45,6 +45,8 @@ const NOTES: &str = "
 Median, smallest and largest of the rounds, and the ratio of the median to the module's.
 - plain command: ZADD with random scores for ACQUIRE, ZCARD for a denied one, ZREM for RELEASE,
   ZCOUNT for COUNT, ZREMRANGEBYSCORE for lapsed leases.
+- in each of so many: calls go to that many limiters at random, so that hardly a holder comes again
+  within the millisecond, where the module has nothing to write.
 - retools: ZCARD and ZADD, one after the other; for a denied ACQUIRE ZCARD, ZREMRANGEBYSCORE, ZCARD.
 - hand-off, server time per call: of RELEASE; of RPUSH, without serving BLPOP, which the server does
   not account for; of ZREM, PUBLISH and everybody's tries.
