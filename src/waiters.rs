@@ -30,7 +30,7 @@ use crate::ffi::{
     listen_for_waiters, listen_for_writes, BlockedClient, Blocking, Context, Listener, NotOpened,
     OwnedStr, Permit, SortedSet, Str, Timer,
 };
-use crate::limiter::{self, Leases, Limiter, Outcome, Reacquire};
+use crate::limiter::{self, Facts, Leases, Limiter, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
 use crate::ties::{Lease, Owner, TieId, Ties};
 
@@ -247,6 +247,7 @@ struct OpenLimiter<'c> {
     limiter: Limiter<SortedSet<'c>>,
     /// Its line, if somebody waited when it was opened.
     line: Option<LineId>,
+    known: Facts,
     db: i32,
     prefix: Str<'c>,
 }
@@ -262,14 +263,17 @@ impl<'c> OpenLimiter<'c> {
         if !listens {
             listen_for_writes::<Pump>(ctx);
         }
-        Ok(Self { limiter: Limiter::new(set, facts), line, db, prefix })
+        Ok(Self { limiter: Limiter::new(set, facts), line, known: facts, db, prefix })
     }
 }
 
 impl Drop for OpenLimiter<'_> {
     // Before the set is closed, and tells others: they may write to it at once.
     fn drop(&mut self) {
-        with(|hall| hall.facts.keep(self.db, self.prefix.bytes(), self.limiter.facts()));
+        let facts = self.limiter.facts();
+        if facts != self.known {
+            with(|hall| hall.facts.keep(self.db, self.prefix.bytes(), facts));
+        }
     }
 }
 
@@ -360,33 +364,22 @@ fn dismiss(line: LineId, answer: Answer) {
     }
 }
 
-/// Sets the timer to the soonest thing there is to do, or stops it if there is nothing.
+/// Sets the timer to the soonest thing there is to do. If there is nothing, it is stopped at the
+/// next turn: a waiter's reply need not wait for that.
 fn set_timer(ctx: &Context) {
+    let Some(next_ms) = with(|hall| hall.next_ms_to_set()) else { return };
     let now_ms = ctx.now_ms();
-    let (old, next_ms) = with(|hall| {
-        let next_ms = hall.next_ms();
-        let in_time = match (&hall.timer, next_ms) {
-            (Some(timer), Some(next_ms)) => timer.rings_ms <= next_ms.max(now_ms),
-            (timer, None) => timer.is_none(),
-            (None, Some(_)) => false,
-        };
-        // While it rings it must not be stopped, and is set at the end.
-        if in_time || hall.rings {
-            (None, None)
-        } else {
-            (hall.timer.take(), next_ms)
-        }
-    });
+    let old = with(|hall| hall.timer.take_if(|timer| timer.rings_ms > next_ms.max(now_ms)));
     if let Some(old) = old {
         old.timer.stop(ctx);
+    } else if with(|hall| hall.timer.is_some()) {
+        return; // In time.
     }
-    if let Some(next_ms) = next_ms {
-        // No longer than an hour, so that the server's own sum does not overflow.
-        let period_ms = next_ms.saturating_sub(now_ms).clamp(0, 3_600_000);
-        let timer = Timer::start::<Pump>(ctx, period_ms);
-        let rings_ms = now_ms.saturating_add(period_ms);
-        with(|hall| hall.timer = Some(SetTimer { timer, set_ms: now_ms, rings_ms }));
-    }
+    // No longer than an hour, so that the server's own sum does not overflow.
+    let period_ms = next_ms.saturating_sub(now_ms).clamp(0, 3_600_000);
+    let timer = Timer::start::<Pump>(ctx, period_ms);
+    let rings_ms = now_ms.saturating_add(period_ms);
+    with(|hall| hall.timer = Some(SetTimer { timer, set_ms: now_ms, rings_ms }));
 }
 
 /// What runs when nobody's command does.
@@ -466,21 +459,23 @@ impl Listener for Pump {
 
     fn turned(ctx: &Context) {
         let now_ms = ctx.now_ms();
-        let overdue = with(|hall| {
+        let old = with(|hall| {
             for (_, tie) in std::mem::take(&mut hall.unproven) {
                 hall.ties.cut_unless_lost(tie);
             }
-            let clock_was_set = |timer: &mut SetTimer| {
-                let late_ms = now_ms.saturating_sub(timer.rings_ms);
-                now_ms < timer.set_ms || late_ms > CLOCK_STEP_MS
-            };
-            let overdue = hall.timer.take_if(clock_was_set)?;
-            hall.not_before_ms = i64::MIN;
-            hall.lines.touch_database(None);
-            Some(overdue.timer)
+            let timer = hall.timer.as_ref()?;
+            let late_ms = now_ms.saturating_sub(timer.rings_ms);
+            let clock_was_set = now_ms < timer.set_ms || late_ms > CLOCK_STEP_MS;
+            if clock_was_set {
+                hall.not_before_ms = i64::MIN;
+                hall.lines.touch_database(None);
+            } else if hall.next_ms().is_some() {
+                return None;
+            }
+            hall.timer.take()
         });
-        if let Some(timer) = overdue {
-            timer.stop(ctx);
+        if let Some(old) = old {
+            old.timer.stop(ctx);
             set_timer(ctx);
         }
     }
@@ -656,6 +651,12 @@ impl Hall {
     fn next_ms(&self) -> Option<i64> {
         let next_ms = [self.ties.next_lost_ms(), self.lines.next_ms()].into_iter().flatten().min();
         next_ms.map(|ms| ms.max(self.not_before_ms))
+    }
+
+    /// The same, if the timer is to be set to it.
+    fn next_ms_to_set(&self) -> Option<i64> {
+        // While it rings it must not be stopped, and is set at the end.
+        self.next_ms().filter(|_| !self.rings)
     }
 
     fn decide(&mut self, id: WaiterId, waiter: &Waiter, answer: Answer, tie: Option<TieId>) {

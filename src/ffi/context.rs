@@ -49,11 +49,9 @@ impl Context {
     pub fn now_ms(&self) -> i64 {
         // SAFETY: takes nothing, reads the clock.
         let now_ms = unsafe { api!(RedisModule_Milliseconds()) };
-        if self.has_flag(raw::REDISMODULE_CTX_FLAGS_MULTI | raw::REDISMODULE_CTX_FLAGS_LUA) {
-            clock::in_transaction(now_ms)
-        } else {
-            now_ms
-        }
+        clock::read(now_ms, || {
+            self.has_flag(raw::REDISMODULE_CTX_FLAGS_MULTI | raw::REDISMODULE_CTX_FLAGS_LUA)
+        })
     }
 
     /// The number of the database that the call works on.
