@@ -63,8 +63,9 @@ impl KnownFacts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limiter::Expiry;
 
-    const SOME: Facts = Facts { none_lapses_before_ms: 5, expiry_ms: Some(7) };
+    const SOME: Facts = Facts { none_lapses_before_ms: 5, expiry: Expiry::Covers(7) };
 
     #[test]
     fn facts_are_of_one_limiter_in_one_database() {

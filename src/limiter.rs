@@ -181,15 +181,26 @@ pub fn next_free(live: u64, limit: u64) -> NextFree {
 pub struct Facts {
     /// No lease in the set lapses before this time.
     pub none_lapses_before_ms: i64,
-    /// The set's own expiry, if it is known to be at or after the end of every lease.
-    pub expiry_ms: Option<i64>,
+    /// The set's own expiry.
+    pub expiry: Expiry,
+}
+
+/// What is known of a set's own expiry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expiry {
+    /// Nothing.
+    Unknown,
+    /// It has none, since it was empty before the command at hand.
+    Absent,
+    /// It is this, which is at or after the end of every lease.
+    Covers(i64),
 }
 
 impl Facts {
     /// Nothing is known.
-    pub const UNKNOWN: Self = Self { none_lapses_before_ms: i64::MIN, expiry_ms: None };
+    pub const UNKNOWN: Self = Self { none_lapses_before_ms: i64::MIN, expiry: Expiry::Unknown };
     /// The set is empty.
-    pub const EMPTY: Self = Self { none_lapses_before_ms: i64::MAX, expiry_ms: None };
+    pub const EMPTY: Self = Self { none_lapses_before_ms: i64::MAX, expiry: Expiry::Absent };
 }
 
 /// A limiter during one command: its leases, and what is known of them.
@@ -226,6 +237,17 @@ impl<L: Leases> Limiter<L> {
     /// The number of lapsed leases that are still in the set, after any of the commands below.
     pub fn lapsed(&self) -> u64 {
         self.lapsed
+    }
+
+    /// When a slot may come free though nobody does anything, after any of the commands below:
+    /// not later than that, but perhaps not yet then.
+    pub fn next_change_ms(&self) -> Option<i64> {
+        let lapse_ms = Some(self.facts.none_lapses_before_ms).filter(|ms| *ms < i64::MAX);
+        let expiry_ms = match self.facts.expiry {
+            Expiry::Unknown => self.leases.expiry_ms(),
+            Expiry::Absent | Expiry::Covers(_) => None,
+        };
+        [lapse_ms, expiry_ms].into_iter().flatten().min()
     }
 
     /// Prunes, counts, and gives `key` a lease to `lapse_ms` if it holds one already or if fewer
@@ -313,25 +335,34 @@ impl<L: Leases> Limiter<L> {
             self.facts = Facts::EMPTY; // The set is gone, and its expiry with it.
             return;
         }
-        if let Some(expiry_ms) = self.facts.expiry_ms {
-            if known_lapse_ms.is_none_or(|end_ms| end_ms <= expiry_ms)
-                && self.is_near(expiry_ms, known_lapse_ms, now_ms)
+        match (self.facts.expiry, known_lapse_ms) {
+            (Expiry::Absent, Some(_)) => return self.write_expiry(known_lapse_ms),
+            (Expiry::Covers(expiry_ms), _)
+                if known_lapse_ms.is_none_or(|end_ms| end_ms <= expiry_ms)
+                    && self.is_near(expiry_ms, known_lapse_ms, now_ms) =>
             {
                 return;
             }
+            _ => {}
         }
-        self.facts.expiry_ms = self.leases.expiry_ms();
-        let right = match self.facts.expiry_ms {
+        let expiry_ms = self.leases.expiry_ms();
+        let right = match expiry_ms {
             None => self.leases.any_after(NEVER_MS),
             Some(expiry_ms) => {
                 self.is_near(expiry_ms, known_lapse_ms, now_ms) && !self.leases.any_after(expiry_ms)
             }
         };
-        if !right {
-            let last_ms = self.leases.last_lapse_ms();
-            self.facts.expiry_ms = last_ms.map(|end_ms| end_ms.saturating_add(EXPIRY_SLACK_MS));
-            self.leases.set_expiry_ms(self.facts.expiry_ms);
+        if right {
+            self.facts.expiry = expiry_ms.map_or(Expiry::Unknown, Expiry::Covers);
+        } else {
+            self.write_expiry(self.leases.last_lapse_ms());
         }
+    }
+
+    fn write_expiry(&mut self, last_ms: Option<i64>) {
+        let expiry_ms = last_ms.map(|end_ms| end_ms.saturating_add(EXPIRY_SLACK_MS));
+        self.leases.set_expiry_ms(expiry_ms);
+        self.facts.expiry = expiry_ms.map_or(Expiry::Unknown, Expiry::Covers);
     }
 
     /// Whether some lease ends late enough for this expiry. Mostly that is known without a look:

@@ -21,9 +21,9 @@ pub type LineId = u64;
 
 /// All lines.
 pub struct Lines<W> {
-    waiters: HashMap<WaiterId, Standing<W>>,
+    waiters: BTreeMap<WaiterId, Standing<W>>,
     lines: BTreeMap<LineId, Line>,
-    by_limiter: HashMap<i32, HashMap<Box<[u8]>, LineId>>,
+    by_limiter: BTreeMap<i32, HashMap<Box<[u8]>, LineId>>,
     due: BTreeSet<LineId>,
     alarms: BTreeSet<(i64, Alarm)>,
     next_id: u64,
@@ -55,9 +55,9 @@ pub enum Alarm {
 impl<W> Default for Lines<W> {
     fn default() -> Self {
         Self {
-            waiters: HashMap::new(),
+            waiters: BTreeMap::new(),
             lines: BTreeMap::new(),
-            by_limiter: HashMap::new(),
+            by_limiter: BTreeMap::new(),
             due: BTreeSet::new(),
             alarms: BTreeSet::new(),
             next_id: 1,

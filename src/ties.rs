@@ -47,7 +47,7 @@ pub struct Lease {
 #[derive(Default)]
 pub struct Ties {
     ties: BTreeMap<TieId, Tie>,
-    by_lease: HashMap<i32, HashMap<Box<[u8]>, Holders>>,
+    by_lease: BTreeMap<i32, HashMap<Box<[u8]>, Holders>>,
     by_owner: BTreeSet<(Owner, TieId)>,
     by_lapse: BTreeSet<(i64, TieId)>,
     /// With the time from which on the lease can be taken back.

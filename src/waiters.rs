@@ -20,7 +20,7 @@
 //! The state is behind a lock that is never held while the server is called, since the server may
 //! call back at once.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use lazy_static::lazy_static;
@@ -158,7 +158,7 @@ pub fn acquire_or_wait<B: Blocking>(
     if !with(|hall| std::mem::replace(&mut hall.listens_for_waiters, true)) {
         listen_for_waiters::<Pump>(ctx);
     }
-    let (db, next_look_ms) = (ctx.db(), next_look_ms(ctx, open.limiter.leases(), now_ms));
+    let (db, next_look_ms) = (open.db, next_look_ms(ctx, &open.limiter, now_ms));
     with(|hall| {
         let (id, line) = hall.lines.join(db, ask.prefix.bytes(), deadline_ms, waiter);
         hall.waiters.insert(client, id);
@@ -337,7 +337,7 @@ fn grant(ctx: &Context, line: LineId, limiter: &mut Limiter<SortedSet<'_>>, now_
         let refresh = Reacquire::Refresh;
         let outcome = limiter.acquire(&key, head.limit, lapse_ms, now_ms, refresh);
         if outcome == Outcome::Denied {
-            let next_look_ms = next_look_ms(ctx, limiter.leases(), now_ms);
+            let next_look_ms = next_look_ms(ctx, limiter, now_ms);
             with(|hall| hall.lines.set_alarm(line, next_look_ms));
             return;
         }
@@ -347,9 +347,9 @@ fn grant(ctx: &Context, line: LineId, limiter: &mut Limiter<SortedSet<'_>>, now_
 }
 
 /// When the line is to be looked at though nobody touches the limiter.
-fn next_look_ms(ctx: &Context, set: &SortedSet<'_>, now_ms: i64) -> Option<i64> {
+fn next_look_ms(ctx: &Context, limiter: &Limiter<SortedSet<'_>>, now_ms: i64) -> Option<i64> {
     let probe_ms = ctx.is_clustered().then(|| now_ms.saturating_add(CLUSTER_PROBE_MS));
-    [set.next_lapse_ms(), set.expiry_ms(), probe_ms].into_iter().flatten().min()
+    [limiter.next_change_ms(), probe_ms].into_iter().flatten().min()
 }
 
 /// Answers everybody in the line at once.
@@ -606,9 +606,9 @@ struct Hall {
     lines: Lines<Waiter>,
     ties: Ties,
     /// Everybody the server has blocked for us.
-    waiters: HashMap<BlockedClient, WaiterId>,
+    waiters: BTreeMap<BlockedClient, WaiterId>,
     /// Those that were let go, and not replied yet.
-    decided: HashMap<WaiterId, Decided>,
+    decided: BTreeMap<WaiterId, Decided>,
     /// Ties of leases whose holders are replied in this turn of the event loop.
     unproven: Vec<(u64, TieId)>,
     facts: KnownFacts,

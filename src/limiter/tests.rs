@@ -218,7 +218,11 @@ fn on<R>(set: &mut Set, facts: &mut Facts, work: impl FnOnce(&mut Limiter<Set>) 
     let mut limiter = Limiter::new(std::mem::take(set), *facts);
     let result = work(&mut limiter);
     *facts = limiter.facts();
+    let next_change_ms = limiter.next_change_ms();
     *set = limiter.leases;
+    if let Some(change_ms) = [set.next_lapse_ms(), set.expiry_ms].into_iter().flatten().min() {
+        assert!(next_change_ms.is_some_and(|ms| ms <= change_ms), "{next_change_ms:?} {set:?}");
+    }
     result
 }
 
