@@ -85,7 +85,7 @@ server_functions! {
 
 /// The server's commands that must go by their own names: what replicas and the AOF get, and what
 /// is called here. Each takes at least one argument.
-pub const COMMANDS: [&CStr; 9] = [
+pub const COMMANDS: [&CStr; 8] = [
     c"ZADD",
     c"ZREM",
     c"ZREMRANGEBYSCORE",
@@ -94,7 +94,6 @@ pub const COMMANDS: [&CStr; 9] = [
     c"PERSIST",
     c"ZCOUNT",
     c"ZRANGE",
-    c"CLIENT",
 ];
 
 /// Calls a server function. To be used inside `unsafe`, as the call itself is; only names of the
