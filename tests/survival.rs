@@ -38,11 +38,14 @@ struct Scene {
 
 fn scene(server: &Server) -> Scene {
     let mut owner = server.client();
-    owner.int("LIMITER.ACQUIRE p lapses 2 0.25");
+    owner.int("LIMITER.ACQUIRE p lapses 2 450");
     owner.int("LIMITER.ACQUIRE p ephemeral 2 450 EPHEMERAL");
     let first = server.waiter("LIMITER.BACQUIRE p first 2 450 0");
     let second = server.waiter("LIMITER.BACQUIRE p second 2 450 0 EPHEMERAL");
-    let impatient = server.waiter("LIMITER.BACQUIRE p impatient 2 450 0.2");
+    // What is short begins last, so that a slow machine sees it begin.
+    let mut impatient = server.client();
+    impatient.send(&["LIMITER.BACQUIRE", "p", "impatient", "2", "450", "0.4"]);
+    assert_eq!(owner.int("LIMITER.RENEW p lapses 0.5"), 1);
     Scene { first, second, impatient, owner }
 }
 
@@ -53,7 +56,7 @@ fn during_a_pause_nothing_is_granted_and_the_line_moves_on_after_it() {
         let mut admin = server.client();
         let Scene { mut first, mut second, mut impatient, owner } = scene(&server);
         let lapse_ms = (admin.members("p")[0].1 * 1000.0).round() as i64;
-        admin.call(&format!("CLIENT PAUSE 600 {kind}"));
+        admin.call(&format!("CLIENT PAUSE 900 {kind}"));
         // A lapse, a deadline, and the end of an ephemeral lease fall into the pause.
         owner.close();
         assert_eq!(impatient.receive(), Value::Int(0), "a deadline needs no write");
