@@ -9,6 +9,8 @@ mod count;
 mod errors;
 mod help;
 mod holders;
+mod info;
+mod macquire;
 mod parse;
 mod release;
 mod renew;
@@ -18,6 +20,8 @@ pub use bacquire::Bacquire;
 pub use count::Count;
 pub use help::Help;
 pub use holders::Holders;
+pub use info::Info;
+pub use macquire::Macquire;
 pub use release::Release;
 pub use renew::Renew;
 

@@ -12,14 +12,18 @@
 //! | `LIMITER.RENEW prefix key ttl` | `commands/renew.rs` |
 //! | `LIMITER.COUNT prefix` | `commands/count.rs` |
 //! | `LIMITER.HOLDERS prefix [COUNT n]` | `commands/holders.rs` |
+//! | `LIMITER.INFO prefix` | `commands/info.rs` |
+//! | `LIMITER.MACQUIRE numlimiters prefix [prefix ...] key ttl limit [limit ...] [NX] [EPHEMERAL]` | `commands/macquire.rs` |
 //! | `LIMITER.HELP` | `commands/help.rs` |
+//! | `INFO limiter` | `commands/info.rs` |
 //!
 //! | part | job | knows |
 //! | --- | --- | --- |
 //! | `commands` | parse, act, reply; every error text | all below |
 //! | `waiters` | joins leases to lines, blocked clients, timers, disconnections: the pump | all below |
-//! | `limiter` | the rules of leases, pure | std only |
-//! | `facts` | what is known of limiters' sets between commands, pure | `limiter` |
+//! | `limiter` | the rules of leases, pure | `counters` |
+//! | `records` | what is remembered of limiters between commands, pure | `limiter`, `counters` |
+//! | `counters` | what is counted, pure | std only |
 //! | `queue` | first come, first served lines, pure | std only |
 //! | `ties` | leases that end when their owner goes, pure | std only |
 //! | `ffi` | the border to the server, the only `unsafe` | the server, `limiter`'s trait |
@@ -37,11 +41,12 @@
 )]
 
 mod commands;
-mod facts;
+mod counters;
 #[allow(unsafe_code)]
 mod ffi;
 mod limiter;
 mod queue;
+mod records;
 mod ties;
 mod waiters;
 
@@ -88,7 +93,10 @@ fn load(ctx: &Context, args: &[RedisString]) -> Result<(), String> {
     module.register::<commands::Renew>()?;
     module.register::<commands::Count>()?;
     module.register::<commands::Holders>()?;
-    module.register::<commands::Help>()
+    module.register::<commands::Info>()?;
+    module.register::<commands::Macquire>()?;
+    module.register::<commands::Help>()?;
+    module.inform::<commands::Info>()
 }
 
 #[cfg(test)]

@@ -20,6 +20,8 @@
 
 use std::slice;
 
+use crate::counters::Counters;
+
 /// The last moment a lease may end: 2^53 ms after 1970, the last that a double counts exactly.
 pub const LAST_LAPSE_MS: i64 = 1 << 53;
 
@@ -48,6 +50,8 @@ pub trait Leases {
 
     /// Removes leases that have lapsed at `now_ms`, `at_most` so many if that leaves some.
     fn prune(&mut self, now_ms: i64, at_most: u64) -> Pruned;
+    /// Whether `key` has a lease, lapsed or not.
+    fn holds(&self, key: &Self::Key<'_>) -> bool;
     /// Whether `key` has a lease that has lapsed at `now_ms`.
     fn has_lapsed(&self, key: &Self::Key<'_>, now_ms: i64) -> bool;
     /// The number of leases in the set.
@@ -210,18 +214,24 @@ pub struct Limiter<L> {
     is_pruned: bool,
     /// Lapsed leases that are still in the set.
     lapsed: u64,
+    counted: Counters,
 }
 
 impl<L: Leases> Limiter<L> {
     /// `facts` must hold for `leases`.
     pub fn new(leases: L, facts: Facts) -> Self {
         let facts = if leases.count() == 0 { Facts::EMPTY } else { facts };
-        Self { leases, facts, is_pruned: false, lapsed: 0 }
+        Self { leases, facts, is_pruned: false, lapsed: 0, counted: Counters::default() }
     }
 
     /// What is known now.
     pub fn facts(&self) -> Facts {
         self.facts
+    }
+
+    /// What came of the commands below: leases acquired, refreshed, released, lapsed.
+    pub fn counted(&self) -> &Counters {
+        &self.counted
     }
 
     /// The set.
@@ -276,10 +286,30 @@ impl<L: Leases> Limiter<L> {
         if pruned || granted {
             self.settle_expiry(granted.then_some(lapse_ms), now_ms);
         }
-        match found {
-            Found::Added => Outcome::Acquired,
-            Found::Moved | Found::Same => Outcome::Refreshed,
-            Found::Refused => Outcome::Denied,
+        let (outcome, count) = match found {
+            Found::Added => (Outcome::Acquired, &mut self.counted.acquired),
+            Found::Moved | Found::Same => (Outcome::Refreshed, &mut self.counted.refreshed),
+            Found::Refused => return Outcome::Denied,
+        };
+        *count = count.saturating_add(1);
+        outcome
+    }
+
+    /// Whether [`acquire`](Self::acquire) would give `key` a lease. It prunes and writes no more.
+    pub fn would_acquire(
+        &mut self,
+        key: &L::Key<'_>,
+        limit: u64,
+        now_ms: i64,
+        reacquire: Reacquire,
+    ) -> bool {
+        if self.prune(slice::from_ref(key), now_ms) {
+            self.settle_expiry(None, now_ms);
+        }
+        match (self.leases.holds(key), reacquire) {
+            (true, Reacquire::Refresh) => true,
+            (true, Reacquire::Deny) => false,
+            (false, _) => self.live() < limit,
         }
     }
 
@@ -297,6 +327,7 @@ impl<L: Leases> Limiter<L> {
         if pruned || released > 0 {
             self.settle_expiry(None, now_ms);
         }
+        self.counted.released = self.counted.released.saturating_add(released);
         released
     }
 
@@ -306,6 +337,7 @@ impl<L: Leases> Limiter<L> {
         if !self.is_pruned && now_ms >= self.facts.none_lapses_before_ms {
             let Pruned { removed, left } = self.leases.prune(now_ms, PRUNE_STEP);
             any = removed > 0;
+            self.counted.lapsed = self.counted.lapsed.saturating_add(removed);
             self.lapsed = left;
             self.facts.none_lapses_before_ms = match left {
                 0 => self.leases.next_lapse_ms().unwrap_or(i64::MAX),
@@ -317,6 +349,7 @@ impl<L: Leases> Limiter<L> {
             for key in keys {
                 if self.leases.has_lapsed(key, now_ms) {
                     self.lapsed = self.lapsed.saturating_sub(1);
+                    self.counted.lapsed = self.counted.lapsed.saturating_add(1);
                     self.leases.remove(slice::from_ref(key));
                     any = true;
                 }

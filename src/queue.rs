@@ -78,6 +78,12 @@ impl<W> Lines<W> {
         self.lines.get(&line).map(|line| (line.db, &*line.prefix))
     }
 
+    /// How many stand in all lines, and how many lines there are.
+    #[must_use]
+    pub fn totals(&self) -> (usize, usize) {
+        (self.waiters.len(), self.lines.len())
+    }
+
     /// How many stand in the line.
     #[must_use]
     pub fn len(&self, line: LineId) -> usize {

@@ -71,6 +71,13 @@ impl Ties {
         self.ties.is_empty()
     }
 
+    /// How many leases end with a connection.
+    #[must_use]
+    pub fn to_connections(&self) -> usize {
+        let to_waiters = self.by_owner.range((Owner::Waiter(0), 0)..).count(); // A turn's at most.
+        self.by_owner.len().saturating_sub(to_waiters)
+    }
+
     /// When a lease is to be taken back next; `i64::MIN` = now.
     #[must_use]
     pub fn next_lost_ms(&self) -> Option<i64> {

@@ -21,17 +21,18 @@
 //! call back at once.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use lazy_static::lazy_static;
 
-use crate::facts::KnownFacts;
+use crate::counters::Counters;
 use crate::ffi::{
     listen_for_waiters, listen_for_writes, BlockedClient, Blocking, Context, Listener, NotOpened,
     OwnedStr, Permit, SortedSet, Str, Timer,
 };
-use crate::limiter::{self, Facts, Leases, Limiter, Outcome, Reacquire};
+use crate::limiter::{self, Leases, Limiter, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
+use crate::records::Records;
 use crate::ties::{Lease, Owner, TieId, Ties};
 
 /// How soon the pump comes back when the server may not write: the end of a pause, and the return
@@ -124,9 +125,45 @@ pub fn acquire(
     now_ms: i64,
 ) -> Result<Taken, NotOpened> {
     let mut open = OpenLimiter::open(ctx, ask.prefix)?;
-    let (outcome, line) = take(ctx, ask, reacquire, now_ms, &mut open);
-    let waiting = line.map_or(0, |line| with(|hall| hall.lines.len(line)));
+    let outcome = take(ctx, ask, reacquire, now_ms, &mut open);
+    open.denied = u64::from(outcome == Outcome::Denied);
+    let waiting = open.line.map_or(0, |line| with(|hall| hall.lines.len(line)));
     Ok(Taken { outcome, live: open.limiter.live(), lapsed: open.limiter.lapsed(), waiting })
+}
+
+/// Takes a slot in each of the limiters (each with its limit), or in none; whether it did. The rest
+/// is as in [`acquire`]: no limiter with a line lets a newcomer in.
+///
+/// # Errors
+/// [`NotOpened`].
+pub fn acquire_all(
+    ctx: &Context,
+    prefixes: &[Str<'_>],
+    limits: &[u64],
+    ask: &Ask<'_>,
+    reacquire: Reacquire,
+    now_ms: i64,
+) -> Result<bool, NotOpened> {
+    let mut all = Vec::with_capacity(prefixes.len());
+    for prefix in prefixes {
+        all.push(OpenLimiter::open(ctx, *prefix)?);
+    }
+    let mut is_denied = false;
+    for (open, limit) in all.iter_mut().zip(limits) {
+        // Each is asked, so that each counts its own denials.
+        let limit = limit_past_line(ctx, *limit, now_ms, open);
+        let denied = !open.limiter.would_acquire(&ask.key, limit, now_ms, reacquire);
+        open.denied = u64::from(denied);
+        is_denied |= denied;
+    }
+    if is_denied {
+        return Ok(false);
+    }
+    for open in &mut all {
+        // It was decided above; a refresh is what a newcomer gets here too.
+        put(ctx, ask, u64::MAX, Reacquire::Refresh, now_ms, open);
+    }
+    Ok(true)
 }
 
 /// Takes a slot, or puts the client at the end of the line.
@@ -141,7 +178,7 @@ pub fn acquire_or_wait<B: Blocking>(
     now_ms: i64,
 ) -> Result<Turn, NotOpened> {
     let mut open = OpenLimiter::open(ctx, ask.prefix)?;
-    if take(ctx, ask, Reacquire::Refresh, now_ms, &mut open).0 != Outcome::Denied {
+    if take(ctx, ask, Reacquire::Refresh, now_ms, &mut open) != Outcome::Denied {
         return Ok(Turn::Granted);
     }
     let Some(client) = BlockedClient::block::<B>(ctx) else {
@@ -150,7 +187,10 @@ pub fn acquire_or_wait<B: Blocking>(
     let waiter = Waiter {
         client,
         connection,
+        db: open.db,
+        prefix: ask.prefix.bytes().into(),
         key: ask.key.bytes().into(),
+        since_ms: now_ms,
         limit: ask.limit,
         ttl_ms: ask.ttl_ms,
         until: ask.until,
@@ -162,6 +202,8 @@ pub fn acquire_or_wait<B: Blocking>(
     with(|hall| {
         let (id, line) = hall.lines.join(db, ask.prefix.bytes(), deadline_ms, waiter);
         hall.waiters.insert(client, id);
+        let counted = Counters { waits: 1, ..Counters::default() };
+        hall.records.note_wait(db, ask.prefix.bytes(), &counted);
         if hall.lines.len(line) == 1 {
             hall.lines.set_alarm(line, next_look_ms);
         }
@@ -227,16 +269,49 @@ pub fn reply(id: WaiterId) -> Option<Answer> {
     })
 }
 
+/// What is counted of one limiter, and how many wait in its line.
+pub fn counters(db: i32, prefix: &[u8]) -> (Counters, usize) {
+    with(|hall| {
+        let waiting = hall.lines.line(db, prefix).map_or(0, |line| hall.lines.len(line));
+        (hall.records.counters(db, prefix), waiting)
+    })
+}
+
+/// What is counted of all.
+pub struct Totals {
+    /// Since the module was loaded.
+    pub counters: Counters,
+    /// Clients waiting in line now.
+    pub waiting: usize,
+    /// Limiters with a line now.
+    pub lines: usize,
+    /// Leases that end with their connection now.
+    pub ephemeral: usize,
+    /// Leases that ended because their connection closed.
+    pub closed: u64,
+}
+
+/// What is counted of all limiters.
+pub fn totals() -> Totals {
+    with(|hall| {
+        let (waiting, lines) = hall.lines.totals();
+        let (counters, ephemeral) = (hall.records.totals(), hall.ties.to_connections());
+        Totals { counters, waiting, lines, ephemeral, closed: hall.closed }
+    })
+}
+
 /// A waiter's client is gone: before it was let go, or after.
 pub fn gone(ctx: &Context, client: BlockedClient) {
+    let now_ms = ctx.now_ms();
     let was_waiting = with(|hall| {
-        let id = hall.waiters.remove(&client)?;
+        let Some(id) = hall.waiters.remove(&client) else { return false };
         if hall.decided.remove(&id).is_some() {
             hall.ties.owner_left(Owner::Waiter(id));
         }
-        hall.lines.leave(id)
+        let waiter = hall.lines.leave(id);
+        waiter.inspect(|waiter| hall.count_wait(waiter, None, now_ms)).is_some()
     });
-    if was_waiting.is_some() {
+    if was_waiting {
         client.let_go_unanswered();
     }
     set_timer(ctx);
@@ -247,7 +322,7 @@ struct OpenLimiter<'c> {
     limiter: Limiter<SortedSet<'c>>,
     /// Its line, if somebody waited when it was opened.
     line: Option<LineId>,
-    known: Facts,
+    denied: u64,
     db: i32,
     prefix: Str<'c>,
 }
@@ -258,22 +333,21 @@ impl<'c> OpenLimiter<'c> {
         let db = ctx.db();
         let (facts, line, listens) = with(|hall| {
             let listens = std::mem::replace(&mut hall.listens_for_writes, true);
-            (hall.facts.of(db, prefix.bytes()), hall.lines.line(db, prefix.bytes()), listens)
+            (hall.records.facts(db, prefix.bytes()), hall.lines.line(db, prefix.bytes()), listens)
         });
         if !listens {
             listen_for_writes::<Pump>(ctx);
         }
-        Ok(Self { limiter: Limiter::new(set, facts), line, known: facts, db, prefix })
+        Ok(Self { limiter: Limiter::new(set, facts), line, denied: 0, db, prefix })
     }
 }
 
 impl Drop for OpenLimiter<'_> {
     // Before the set is closed, and tells others: they may write to it at once.
     fn drop(&mut self) {
+        let counted = Counters { denied: self.denied, ..*self.limiter.counted() };
         let facts = self.limiter.facts();
-        if facts != self.known {
-            with(|hall| hall.facts.keep(self.db, self.prefix.bytes(), facts));
-        }
+        with(|hall| hall.records.note(self.db, self.prefix.bytes(), &counted, facts));
     }
 }
 
@@ -284,20 +358,41 @@ fn take(
     reacquire: Reacquire,
     now_ms: i64,
     open: &mut OpenLimiter<'_>,
-) -> (Outcome, Option<LineId>) {
-    let (db, prefix, key) = (open.db, ask.prefix.bytes(), ask.key.bytes());
-    let mut line = open.line;
-    if line.is_some() {
-        // The line comes first. It may be served to its end, and is in nobody's way then.
-        serve(ctx, line, &mut open.limiter, now_ms);
-        line = with(|hall| hall.lines.line(db, prefix));
+) -> Outcome {
+    let limit = limit_past_line(ctx, ask.limit, now_ms, open);
+    put(ctx, ask, limit, reacquire, now_ms, open)
+}
+
+/// The limit for a newcomer: 0 while somebody waits, so that nobody is let in past the line, also
+/// not into a slot that it could not be given yet.
+fn limit_past_line(ctx: &Context, limit: u64, now_ms: i64, open: &mut OpenLimiter<'_>) -> u64 {
+    if open.line.is_none() {
+        return limit;
     }
-    // Nobody is let in past a line, also not into a slot that it could not be given yet.
-    let limit = if line.is_some() { 0 } else { ask.limit };
+    // The line comes first. It may be served to its end, and is in nobody's way then.
+    serve(ctx, open.line, &mut open.limiter, now_ms);
+    open.line = with(|hall| hall.lines.line(open.db, open.prefix.bytes()));
+    if open.line.is_some() {
+        0
+    } else {
+        limit
+    }
+}
+
+/// Takes a slot under this limit, and serves the line if there is one.
+fn put(
+    ctx: &Context,
+    ask: &Ask<'_>,
+    limit: u64,
+    reacquire: Reacquire,
+    now_ms: i64,
+    open: &mut OpenLimiter<'_>,
+) -> Outcome {
+    let (db, prefix, key) = (open.db, open.prefix.bytes(), ask.key.bytes());
     let lapse_ms = lapse_ms(now_ms, ask.ttl_ms);
     let outcome = open.limiter.acquire(&ask.key, limit, lapse_ms, now_ms, reacquire);
     if outcome == Outcome::Denied {
-        return (outcome, line);
+        return outcome;
     }
     with(|hall| match ask.until {
         Until::Closed(connection) => {
@@ -306,8 +401,9 @@ fn take(
         }
         Until::Lapse => hall.ties.cut(db, prefix, key),
     });
-    serve(ctx, line, &mut open.limiter, now_ms); // What was refreshed lapses at another time.
-    (outcome, line)
+    // What was refreshed lapses at another time.
+    serve(ctx, open.line, &mut open.limiter, now_ms);
+    outcome
 }
 
 /// The end of a lease granted now. What was asked for fitted when it was asked; a long wait may
@@ -353,11 +449,11 @@ fn next_look_ms(ctx: &Context, limiter: &Limiter<SortedSet<'_>>, now_ms: i64) ->
 }
 
 /// Answers everybody in the line at once.
-fn dismiss(line: LineId, answer: Answer) {
+fn dismiss(line: LineId, answer: Answer, now_ms: i64) {
     while let Some((id, client)) = with(|hall| {
         let (id, _) = hall.lines.head(line)?;
         let waiter = hall.lines.answered(id)?;
-        hall.decide(id, &waiter, answer, None);
+        hall.decide(id, &waiter, answer, None, now_ms);
         Some((id, waiter.client))
     }) {
         client.let_go(id);
@@ -400,7 +496,7 @@ impl Listener for Pump {
         if ctx.is_read_only_replica() {
             // What is lost on a replica is its master's affair, where the ttl will end it.
             with(|hall| hall.ties.forget_lost());
-            Self::dismiss_all();
+            Self::dismiss_all(now_ms);
         }
         if Self::work(ctx, now_ms).is_err() {
             with(|hall| hall.not_before_ms = now_ms.saturating_add(REFUSED_RETRY_MS));
@@ -410,7 +506,7 @@ impl Listener for Pump {
     fn key_changed(ctx: &Context, key: &[u8]) {
         let db = ctx.db();
         let has_line = with(|hall| {
-            hall.facts.forget(db, key);
+            hall.records.forget_facts(db, key);
             hall.lines.touch(db, key)
         });
         if has_line {
@@ -419,12 +515,12 @@ impl Listener for Pump {
     }
 
     fn data_replaced() {
-        with(|hall| hall.facts.forget_all());
+        with(|hall| hall.records.forget_all_facts());
     }
 
     fn database_flushed(ctx: &Context, db: Option<i32>) {
         with(|hall| {
-            hall.facts.forget_all();
+            hall.records.forget_all_facts();
             hall.lines.touch_database(db);
             hall.ties.forget_database(db);
         });
@@ -433,7 +529,7 @@ impl Listener for Pump {
 
     fn databases_swapped(ctx: &Context, first: i32, second: i32) {
         with(|hall| {
-            hall.facts.forget_all();
+            hall.records.forget_all_facts();
             hall.lines.touch_database(Some(first));
             hall.lines.touch_database(Some(second));
             hall.ties.swap_databases(first, second);
@@ -496,10 +592,10 @@ impl Pump {
 
     /// Lets everybody go. A server that becomes a replica does so itself, but not Valkey 9.1 in a
     /// cluster.
-    fn dismiss_all() {
+    fn dismiss_all(now_ms: i64) {
         with(|hall| hall.lines.touch_database(None));
         while let Some(line) = with(|hall| hall.lines.next_due()) {
-            dismiss(line, Answer::Moved);
+            dismiss(line, Answer::Moved, now_ms);
         }
     }
 
@@ -540,8 +636,9 @@ impl Pump {
             Err(why) => return Ok(why == NotOpened::WrongType),
         };
         // Another end is another lease: somebody wrote there without asking us.
-        if open.limiter.leases().holds(key, lease.lapse_ms) {
-            open.limiter.release(&[key], now_ms);
+        if open.limiter.leases().holds_until(key, lease.lapse_ms) {
+            let ended = open.limiter.release(&[key], now_ms);
+            with(|hall| hall.closed = hall.closed.saturating_add(ended));
         }
         Ok(true)
     }
@@ -566,13 +663,13 @@ impl Pump {
                     return Err(Refused);
                 }
                 Permit::Elsewhere => {
-                    dismiss(line, Answer::Moved);
+                    dismiss(line, Answer::Moved, now_ms);
                     continue;
                 }
             }
             match OpenLimiter::open(ctx, prefix.as_str()) {
                 Ok(mut open) => grant(ctx, line, &mut open.limiter, now_ms),
-                Err(NotOpened::WrongType) => dismiss(line, Answer::WrongType),
+                Err(NotOpened::WrongType) => dismiss(line, Answer::WrongType, now_ms),
                 Err(NotOpened::Frozen) => with(|hall| hall.lines.touch_line(line)),
             };
         }
@@ -611,7 +708,9 @@ struct Hall {
     decided: BTreeMap<WaiterId, Decided>,
     /// Ties of leases whose holders are replied in this turn of the event loop.
     unproven: Vec<(u64, TieId)>,
-    facts: KnownFacts,
+    records: Records,
+    /// Leases that ended because their connection closed.
+    closed: u64,
     listens_for_writes: bool,
     listens_for_waiters: bool,
     timer: Option<SetTimer>,
@@ -631,7 +730,10 @@ struct SetTimer {
 struct Waiter {
     client: BlockedClient,
     connection: u64,
-    key: Box<[u8]>,
+    db: i32,
+    prefix: Arc<[u8]>,
+    key: Arc<[u8]>,
+    since_ms: i64,
     limit: u64,
     ttl_ms: i64,
     until: Until,
@@ -659,14 +761,34 @@ impl Hall {
         self.next_ms().filter(|_| !self.rings)
     }
 
-    fn decide(&mut self, id: WaiterId, waiter: &Waiter, answer: Answer, tie: Option<TieId>) {
+    /// A waiter has left its line, after so long; counts it.
+    fn count_wait(&mut self, waiter: &Waiter, answer: Option<Answer>, now_ms: i64) {
+        let wait_ms = u64::try_from(now_ms.saturating_sub(waiter.since_ms)).unwrap_or(0);
+        let counted = Counters {
+            wait_timeouts: u64::from(answer == Some(Answer::TimedOut)),
+            wait_ms_total: wait_ms,
+            wait_ms_max: wait_ms,
+            ..Counters::default()
+        };
+        self.records.note_wait(waiter.db, &waiter.prefix, &counted);
+    }
+
+    fn decide(
+        &mut self,
+        id: WaiterId,
+        waiter: &Waiter,
+        answer: Answer,
+        tie: Option<TieId>,
+        now_ms: i64,
+    ) {
+        self.count_wait(waiter, Some(answer), now_ms);
         let Waiter { client, connection, until, .. } = *waiter;
         self.decided.insert(id, Decided { client, connection, until, answer, tie });
     }
 
     fn next_timed_out(&mut self, now_ms: i64) -> Option<(WaiterId, BlockedClient)> {
         let (id, waiter) = self.lines.next_timed_out(now_ms)?;
-        self.decide(id, &waiter, Answer::TimedOut, None);
+        self.decide(id, &waiter, Answer::TimedOut, None, now_ms);
         Some((id, waiter.client))
     }
 
@@ -681,7 +803,7 @@ impl Hall {
         now_ms: i64,
     ) {
         let Some((db, prefix)) = self.lines.limiter(line) else { return };
-        let lease = Lease { db, prefix: prefix.into(), key: waiter.key.clone(), lapse_ms };
+        let lease = Lease { db, prefix: prefix.into(), key: (*waiter.key).into(), lapse_ms };
         let owner = Owner::Waiter(id);
         let tie = if outcome == Outcome::Acquired || waiter.until != Until::Lapse {
             Some(self.ties.tie(lease, owner, now_ms))
@@ -690,6 +812,6 @@ impl Hall {
             self.ties.share_or_cut(db, &lease.prefix, &lease.key, owner)
         };
         self.lines.answered(id);
-        self.decide(id, waiter, Answer::Granted, tie);
+        self.decide(id, waiter, Answer::Granted, tie, now_ms);
     }
 }

@@ -1,6 +1,6 @@
 //! `LIMITER.COUNT prefix`: how many leases are live. Reads only.
 
-use super::errors;
+use super::errors::{self, ErrorText};
 use crate::ffi::{
     count_after, Access, Arg, Command, CommandResult, Context, Keys, ReadSet, Reply, Spec, Str,
 };
@@ -27,16 +27,23 @@ impl Command for Count {
             return Err(errors::arity(Self::SPEC.name));
         };
 
-        let now_ms = ctx.now_ms();
-        let live = match ReadSet::open(ctx, *prefix)? {
-            None => 0,
-            Some(set) if !set.any_lapsed(now_ms) => set.count(),
-            Some(set) => {
-                drop(set); // Nothing runs while a key is open.
-                count_after(ctx, *prefix, now_ms).ok_or(errors::REFUSED)?
-            }
-        };
+        let live = live(ctx, *prefix, ctx.now_ms())?;
 
         Ok(Reply::Integer(i64::try_from(live).unwrap_or(i64::MAX)))
+    }
+}
+
+/// The number of leases of the limiter that are live at `now_ms`.
+///
+/// # Errors
+/// WRONGTYPE.
+pub(super) fn live(ctx: &Context, prefix: Str<'_>, now_ms: i64) -> Result<u64, ErrorText> {
+    match ReadSet::open(ctx, prefix)? {
+        None => Ok(0),
+        Some(set) if !set.any_lapsed(now_ms) => Ok(set.count()),
+        Some(set) => {
+            drop(set); // Nothing runs while a key is open.
+            count_after(ctx, prefix, now_ms).ok_or(errors::REFUSED)
+        }
     }
 }

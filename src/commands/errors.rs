@@ -11,6 +11,9 @@ pub type ErrorText = Cow<'static, CStr>;
 /// A limit that is no integer from 0 to 2^63-1.
 pub const LIMIT: ErrorText = Cow::Borrowed(c"ERR limit is not an integer or out of range");
 
+/// A number of limiters that is none, or 0.
+pub const NUMLIMITERS: ErrorText = Cow::Borrowed(c"ERR numlimiters should be greater than 0");
+
 /// An option that is unknown, repeated or does not fit.
 pub const SYNTAX: ErrorText = Cow::Borrowed(c"ERR syntax error");
 

@@ -49,13 +49,18 @@ server_functions! {
     RedisModule_GetContextFlags
     RedisModule_GetNotifyKeyspaceEvents
     RedisModule_GetSelectedDb
+    RedisModule_InfoAddFieldCString
+    RedisModule_InfoAddFieldULongLong
+    RedisModule_InfoAddSection
     RedisModule_KeyType
     RedisModule_Log
     RedisModule_Milliseconds
     RedisModule_NotifyKeyspaceEvent
     RedisModule_OpenKey
+    RedisModule_RegisterInfoFunc
     RedisModule_Replicate
     RedisModule_ReplyWithArray
+    RedisModule_ReplyWithCString
     RedisModule_ReplyWithError
     RedisModule_ReplyWithLongLong
     RedisModule_ReplyWithMap

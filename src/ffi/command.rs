@@ -13,6 +13,7 @@ use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 use super::api;
 use super::context::{Context, OwnedStr, Str};
 use super::events::{self, Listener};
+use super::info::{self, Section};
 use super::reply::CallReply;
 
 /// A command of the module.
@@ -39,6 +40,8 @@ pub enum Reply {
     Integers(Vec<i64>),
     /// Pairs: a map in RESP3, a flat array in RESP2.
     Map(Vec<(OwnedStr, i64)>),
+    /// The same, with names that are always the same.
+    Fields(Vec<(&'static CStr, i64)>),
     /// An array of simple strings.
     Lines(&'static [&'static CStr]),
     /// None yet: the client is blocked.
@@ -72,6 +75,8 @@ pub enum Keys {
     None,
     /// The first argument is its one key.
     First(Access),
+    /// The first argument is the number of its keys, which follow.
+    Counted(Access),
 }
 
 /// What a command does with its key.
@@ -198,6 +203,14 @@ impl Module {
         events::listen::<L>(self.ctx)
     }
 
+    /// Adds a section to INFO.
+    ///
+    /// # Errors
+    /// If the server refuses.
+    pub fn inform<S: Section>(&self) -> Result<(), String> {
+        info::register::<S>(self.ctx)
+    }
+
     /// Registers a command with its documentation.
     ///
     /// # Errors
@@ -206,7 +219,8 @@ impl Module {
         let spec = &C::SPEC;
         let refused = |what| format!("the server refused {what} {}", spec.name.to_string_lossy());
         let (first_key, last_key, step) = match spec.keys {
-            Keys::None => (0, 0, 0),
+            // Counted keys are told of in the documentation below, which the server goes by.
+            Keys::None | Keys::Counted(_) => (0, 0, 0),
             Keys::First(_) => (1, 1, 1),
         };
         // SAFETY: the context is that of the load, the texts end with NUL, and `entry` is a
@@ -267,7 +281,7 @@ impl Module {
 fn key_specs(keys: Keys) -> Vec<raw::RedisModuleCommandKeySpec> {
     // SAFETY: a plain C struct, for which all zeroes is the value that ends an array.
     let end: raw::RedisModuleCommandKeySpec = unsafe { std::mem::zeroed() };
-    let Keys::First(access) = keys else {
+    let (Keys::First(access) | Keys::Counted(access)) = keys else {
         return vec![end];
     };
     let flags = match access {
@@ -283,12 +297,21 @@ fn key_specs(keys: Keys) -> Vec<raw::RedisModuleCommandKeySpec> {
     first.flags = u64::from(flags);
     first.begin_search_type = raw::RedisModuleKeySpecBeginSearchType_REDISMODULE_KSPEC_BS_INDEX;
     first.bs.index.pos = 1;
-    first.find_keys_type = raw::RedisModuleKeySpecFindKeysType_REDISMODULE_KSPEC_FK_RANGE;
-    first.fk.range = raw::RedisModuleCommandKeySpec__bindgen_ty_2__bindgen_ty_1 {
-        lastkey: 0,
-        keystep: 1,
-        limit: 0,
-    };
+    if matches!(keys, Keys::Counted(_)) {
+        first.find_keys_type = raw::RedisModuleKeySpecFindKeysType_REDISMODULE_KSPEC_FK_KEYNUM;
+        first.fk.keynum = raw::RedisModuleCommandKeySpec__bindgen_ty_2__bindgen_ty_2 {
+            keynumidx: 0,
+            firstkey: 1,
+            keystep: 1,
+        };
+    } else {
+        first.find_keys_type = raw::RedisModuleKeySpecFindKeysType_REDISMODULE_KSPEC_FK_RANGE;
+        first.fk.range = raw::RedisModuleCommandKeySpec__bindgen_ty_2__bindgen_ty_1 {
+            lastkey: 0,
+            keystep: 1,
+            limit: 0,
+        };
+    }
     vec![first, end]
 }
 
@@ -375,6 +398,13 @@ impl Reply {
                     api!(RedisModule_ReplyWithMap(ctx, pairs.len() as _));
                     for (name, integer) in pairs {
                         api!(RedisModule_ReplyWithString(ctx, name.as_ptr()));
+                        api!(RedisModule_ReplyWithLongLong(ctx, integer));
+                    }
+                }
+                Reply::Fields(fields) => {
+                    api!(RedisModule_ReplyWithMap(ctx, fields.len() as _));
+                    for (name, integer) in fields {
+                        api!(RedisModule_ReplyWithCString(ctx, name.as_ptr()));
                         api!(RedisModule_ReplyWithLongLong(ctx, integer));
                     }
                 }

@@ -18,6 +18,7 @@
 //! | `command.rs` | registering a command with its documentation, and the way in |
 //! | `blocked.rs` | clients that wait for their reply |
 //! | `events.rs` | the timer, and what the server tells of keys, databases, clients |
+//! | `info.rs` | the section of INFO |
 //! | `reply.rs` | replies to commands that we call |
 //! | `sorted_set.rs` | a limiter's sorted set, as [`crate::limiter::Leases`] |
 
@@ -28,6 +29,7 @@ mod clock;
 mod command;
 mod context;
 mod events;
+mod info;
 mod reply;
 mod sorted_set;
 
@@ -35,4 +37,5 @@ pub use blocked::{BlockedClient, Blocking};
 pub use command::{Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
 pub use context::{Context, OwnedStr, Permit, Str};
 pub use events::{listen_for_waiters, listen_for_writes, Listener, Timer};
+pub use info::Section;
 pub use sorted_set::{count_after, score_of_rank, NotOpened, ReadSet, SortedSet};

@@ -191,7 +191,7 @@ impl<'c> SortedSet<'c> {
 
     /// Whether `key` holds a lease that ends at just that time.
     #[must_use]
-    pub fn holds(&self, key: Str<'_>, lapse_ms: i64) -> bool {
+    pub fn holds_until(&self, key: Str<'_>, lapse_ms: i64) -> bool {
         self.score(key) == Some(limiter::score(lapse_ms))
     }
 
@@ -268,6 +268,10 @@ impl Leases for SortedSet<'_> {
             self.removed(event::ZREMRANGEBYSCORE);
         }
         Pruned { removed: removed.len() as u64, left }
+    }
+
+    fn holds(&self, key: &Str<'_>) -> bool {
+        self.score(*key).is_some()
     }
 
     fn has_lapsed(&self, key: &Str<'_>, now_ms: i64) -> bool {

@@ -64,6 +64,10 @@ impl Leases for Set {
         Pruned { removed, left: left.len() as u64 }
     }
 
+    fn holds(&self, key: &u8) -> bool {
+        self.members.iter().any(|(member, _)| member == key)
+    }
+
     fn has_lapsed(&self, key: &u8, now_ms: i64) -> bool {
         self.members.iter().any(|(member, its)| member == key && *its <= score(now_ms))
     }
@@ -248,11 +252,15 @@ fn check(steps: Vec<Step>, prune_step: Option<u64>) {
             Step::Acquire { key, limit, ttl_ms, nx } => {
                 let end_ms = lapse_after(now_ms, ttl_ms).unwrap();
                 let reacquire = if nx { Reacquire::Deny } else { Reacquire::Refresh };
+                let would = on(&mut set, &mut facts, |limiter| {
+                    limiter.would_acquire(&key, limit, now_ms, reacquire)
+                });
                 let (outcome, live, lapsed) = on(&mut set, &mut facts, |limiter| {
                     let outcome = limiter.acquire(&key, limit, end_ms, now_ms, reacquire);
                     (outcome, limiter.live(), limiter.lapsed())
                 });
                 assert_eq!(outcome, model.acquire(key, limit, end_ms, nx));
+                assert_eq!(would, outcome != Outcome::Denied);
                 assert_eq!(live, model.0.len() as u64, "the count is exact");
                 let wait_ms = match next_free(live, limit) {
                     NextFree::Now => Some(0),
