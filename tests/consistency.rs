@@ -119,7 +119,8 @@ fn limiter_command(rng: &mut Rng) -> String {
             let timeout = rng.u8(1..80);
             format!("LIMITER.BACQUIRE {prefix} {key} {limit} {ttl} 0.0{timeout:02}{ephemeral}")
         }
-        7..9 => format!("LIMITER.RELEASE {prefix} {key} {}", self::key(rng)),
+        7 => format!("LIMITER.MACQUIRE 2 {prefix} {prefix}2 {key} {ttl} {limit} 3{option}"),
+        8 => format!("LIMITER.RELEASE {prefix} {key} {}", self::key(rng)),
         _ => format!("LIMITER.RENEW {prefix} {key} {ttl}"),
     }
 }

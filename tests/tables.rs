@@ -34,13 +34,15 @@ fn docs(client: &mut Client, command: &str) -> BTreeMap<String, Value> {
     fields(&fields(&client.call(&format!("COMMAND DOCS {command}")))[command])
 }
 
-const COMMANDS: [(&str, i64, &str); 7] = [
+const COMMANDS: [(&str, i64, &str); 9] = [
     ("limiter.acquire", -5, "prefix key limit ttl [nx] [ephemeral] [withstate]"),
     ("limiter.bacquire", -6, "prefix key limit ttl timeout [ephemeral]"),
     ("limiter.release", -3, "prefix key..."),
     ("limiter.renew", 4, "prefix key ttl"),
     ("limiter.count", 2, "prefix"),
     ("limiter.holders", -2, "prefix [count]"),
+    ("limiter.info", 2, "prefix"),
+    ("limiter.macquire", -6, "numlimiters prefix... key ttl limit... [nx] [ephemeral]"),
     ("limiter.help", 1, ""),
 ];
 
@@ -92,17 +94,19 @@ fn command_info_has_arity_flags_and_key_positions() {
         assert_eq!(info[1], Value::Int(arity), "{command}");
         let flags = strings(&info[2]);
         let has = |flag: &str| flags.iter().any(|have| have == flag);
-        let acquires = ["limiter.acquire", "limiter.bacquire"].contains(&command);
+        let acquires =
+            ["limiter.acquire", "limiter.bacquire", "limiter.macquire"].contains(&command);
         let writes = acquires || ["limiter.release", "limiter.renew"].contains(&command);
-        let reads = ["limiter.count", "limiter.holders"].contains(&command);
+        let reads = ["limiter.count", "limiter.holders", "limiter.info"].contains(&command);
         assert_eq!(has("write"), writes, "{command}: {flags:?}");
         assert_eq!(has("readonly"), reads, "{command}: {flags:?}");
         assert_eq!(has("denyoom"), acquires, "{command}: {flags:?}");
-        let slow = ["limiter.holders", "limiter.bacquire"].contains(&command);
+        let counted = command == "limiter.macquire";
+        let slow = ["limiter.holders", "limiter.bacquire"].contains(&command) || counted;
         assert_eq!(has("fast"), !slow, "{command}: {flags:?}");
         assert_eq!(has("blocking"), command == "limiter.bacquire", "{command}: {flags:?}");
-        assert!(!has("movablekeys"), "{command}: {flags:?}");
-        let positions = if writes || reads { [1, 1, 1] } else { [0, 0, 0] };
+        assert_eq!(has("movablekeys"), counted, "{command}: {flags:?}");
+        let positions = if (writes || reads) && !counted { [1, 1, 1] } else { [0, 0, 0] };
         assert_eq!(info[3..6], positions.map(Value::Int), "{command}");
         let specs = elements(&info[8]);
         assert_eq!(specs.len(), usize::from(writes || reads), "{command}");
@@ -125,6 +129,8 @@ fn command_getkeys_is_the_prefix_alone() {
         "limiter.renew p k 45",
         "limiter.count p",
         "limiter.holders p COUNT 1",
+        "limiter.info p",
+        "limiter.macquire 1 p k 45 1",
     ] {
         assert_eq!(client.strings(&format!("COMMAND GETKEYS {command}")), ["p"], "{command}");
     }

@@ -23,7 +23,7 @@ pub struct Macquire;
 impl Command for Macquire {
     const SPEC: Spec = Spec {
         name: c"limiter.macquire",
-        flags: c"write deny-oom",
+        flags: c"write deny-oom getkeys-api",
         arity: -6,
         keys: Keys::Counted(Access::Update),
         summary: c"Takes a slot in each of several limiters, or in none.",

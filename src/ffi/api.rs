@@ -52,6 +52,8 @@ server_functions! {
     RedisModule_InfoAddFieldCString
     RedisModule_InfoAddFieldULongLong
     RedisModule_InfoAddSection
+    RedisModule_IsKeysPositionRequest
+    RedisModule_KeyAtPosWithFlags
     RedisModule_KeyType
     RedisModule_Log
     RedisModule_Milliseconds

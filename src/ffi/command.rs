@@ -75,7 +75,7 @@ pub enum Keys {
     None,
     /// The first argument is its one key.
     First(Access),
-    /// The first argument is the number of its keys, which follow.
+    /// The first argument is the number of its keys, which follow. Its flags have "getkeys-api".
     Counted(Access),
 }
 
@@ -284,17 +284,8 @@ fn key_specs(keys: Keys) -> Vec<raw::RedisModuleCommandKeySpec> {
     let (Keys::First(access) | Keys::Counted(access)) = keys else {
         return vec![end];
     };
-    let flags = match access {
-        Access::Read => raw::REDISMODULE_CMD_KEY_RO | raw::REDISMODULE_CMD_KEY_ACCESS,
-        Access::Update => {
-            raw::REDISMODULE_CMD_KEY_RW
-                | raw::REDISMODULE_CMD_KEY_ACCESS
-                | raw::REDISMODULE_CMD_KEY_UPDATE
-        }
-        Access::Delete => raw::REDISMODULE_CMD_KEY_RW | raw::REDISMODULE_CMD_KEY_DELETE,
-    };
     let mut first = end;
-    first.flags = u64::from(flags);
+    first.flags = u64::from(key_flags(access));
     first.begin_search_type = raw::RedisModuleKeySpecBeginSearchType_REDISMODULE_KSPEC_BS_INDEX;
     first.bs.index.pos = 1;
     if matches!(keys, Keys::Counted(_)) {
@@ -344,7 +335,41 @@ unsafe extern "C" fn entry<C: Command>(
 ) -> c_int {
     // SAFETY: the server's arguments of the call at hand; neither value outlives it.
     let (ctx, args) = unsafe { (Context::new(ctx), Str::slice(argv, argc)) };
+    if let Keys::Counted(access) = C::SPEC.keys {
+        // SAFETY: the context is valid.
+        if unsafe { api!(RedisModule_IsKeysPositionRequest(ctx.as_ptr())) } != 0 {
+            tell_keys(&ctx, args, access);
+            return raw::REDISMODULE_OK as c_int;
+        }
+    }
     answer(&ctx, || C::run(&ctx, args))
+}
+
+/// Tells the server where the counted keys are. Redis 7.0 does not go by the documentation when it
+/// looks for the node of a command.
+fn tell_keys(ctx: &Context, args: &[Str<'_>], access: Access) {
+    let number = args.get(1).and_then(|number| str::from_utf8(number.bytes()).ok()?.parse().ok());
+    let keys = args.get(2..).unwrap_or_default().len();
+    // What does not fit is answered with an error, and touches no key.
+    let number = number.filter(|number: &usize| *number <= keys).unwrap_or(0);
+    for (position, _) in args.iter().enumerate().skip(2).take(number) {
+        let position = c_int::try_from(position).unwrap_or(c_int::MAX);
+        let flags = key_flags(access) as c_int;
+        // SAFETY: the context is valid, and the server asked for positions.
+        unsafe { api!(RedisModule_KeyAtPosWithFlags(ctx.as_ptr(), position, flags)) };
+    }
+}
+
+fn key_flags(access: Access) -> u32 {
+    match access {
+        Access::Read => raw::REDISMODULE_CMD_KEY_RO | raw::REDISMODULE_CMD_KEY_ACCESS,
+        Access::Update => {
+            raw::REDISMODULE_CMD_KEY_RW
+                | raw::REDISMODULE_CMD_KEY_ACCESS
+                | raw::REDISMODULE_CMD_KEY_UPDATE
+        }
+        Access::Delete => raw::REDISMODULE_CMD_KEY_RW | raw::REDISMODULE_CMD_KEY_DELETE,
+    }
 }
 
 /// Writes the reply that `run` makes; what a command function returns to the server.
