@@ -348,7 +348,8 @@ unsafe extern "C" fn entry<C: Command>(
 /// Tells the server where the counted keys are. Redis 7.0 does not go by the documentation when it
 /// looks for the node of a command.
 fn tell_keys(ctx: &Context, args: &[Str<'_>], access: Access) {
-    let number = args.get(1).and_then(|number| str::from_utf8(number.bytes()).ok()?.parse().ok());
+    let number =
+        args.get(1).and_then(|number| std::str::from_utf8(number.bytes()).ok()?.parse().ok());
     let keys = args.get(2..).unwrap_or_default().len();
     // What does not fit is answered with an error, and touches no key.
     let number = number.filter(|number: &usize| *number <= keys).unwrap_or(0);
