@@ -144,14 +144,15 @@ pub fn acquire_all(
     reacquire: Reacquire,
     now_ms: i64,
 ) -> Result<bool, NotOpened> {
-    let mut all = Vec::with_capacity(prefixes.len());
     for prefix in prefixes {
-        all.push(OpenLimiter::open(ctx, *prefix)?);
+        SortedSet::open(ctx, *prefix)?; // Nothing is written if one of them cannot be.
     }
+    // One after the other: a set must not be open while whoever listens is told of another's
+    // changes, since they may write to it.
     let mut is_denied = false;
-    for (open, limit) in all.iter_mut().zip(limits) {
-        // Each is asked, so that each counts its own denials.
-        let limit = limit_past_line(ctx, *limit, now_ms, open);
+    for (prefix, limit) in prefixes.iter().zip(limits) {
+        let mut open = OpenLimiter::open(ctx, *prefix)?;
+        let limit = limit_past_line(ctx, *limit, now_ms, &mut open);
         let denied = !open.limiter.would_acquire(&ask.key, limit, now_ms, reacquire);
         open.denied = u64::from(denied);
         is_denied |= denied;
@@ -159,9 +160,11 @@ pub fn acquire_all(
     if is_denied {
         return Ok(false);
     }
-    for open in &mut all {
-        // It was decided above; a refresh is what a newcomer gets here too.
-        put(ctx, ask, u64::MAX, Reacquire::Refresh, now_ms, open);
+    for prefix in prefixes {
+        // What somebody may have made of a set meanwhile counts as done after this command.
+        if let Ok(mut open) = OpenLimiter::open(ctx, *prefix) {
+            put(ctx, ask, u64::MAX, Reacquire::Refresh, now_ms, &mut open);
+        }
     }
     Ok(true)
 }
