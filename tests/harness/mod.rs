@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -417,7 +417,7 @@ impl Client {
 
     /// The next reply, or why there is none.
     pub fn try_receive(&mut self) -> redis::RedisResult<Value> {
-        self.parser.parse_value(&mut self.stream)
+        self.parser.parse_value(Uninterrupted(&mut self.stream))
     }
 
     /// Sends a command and returns its reply, or why there is none.
@@ -515,6 +515,21 @@ impl Client {
 
     pub fn close(self) {
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Reads on after a signal, which a socket with a time-out does not do by itself: a machine that
+/// stood still for a moment is no failure.
+struct Uninterrupted<'s>(&'s mut TcpStream);
+
+impl Read for Uninterrupted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            match self.0.read(buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
     }
 }
 
