@@ -4,6 +4,14 @@
 REDIS_SERVER ?= redis-server
 export REDIS_SERVER PORT
 
+# Where `make install` puts the library: packages set DESTDIR, a prefix of the prefix.
+PREFIX ?= /usr/local
+# Where `make dist` puts the archive.
+DIST ?= dist
+# The library that both take; another one than ours is taken as it is.
+BUILT := target/release/libredis_limiter.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
+LIBRARY ?= $(BUILT)
+
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -15,6 +23,15 @@ build: setup ## Build the module: target/release/libredis_limiter.so
 
 run: build ## Start a server with the module in the foreground (PORT=7000 chooses the port)
 	@scripts/run
+
+# Servers refuse a library without the execute bit. `install` makes a new file, so a server that
+# runs on the old one keeps it.
+install: $(if $(filter $(BUILT),$(LIBRARY)),build) ## Install the library below PREFIX=/usr/local
+	install -d "$(DESTDIR)$(PREFIX)/lib/redis/modules"
+	install -m 755 "$(LIBRARY)" "$(DESTDIR)$(PREFIX)/lib/redis/modules/"
+
+dist: $(if $(filter $(BUILT),$(LIBRARY)),build) ## Pack what a server needs into dist/, with checksums
+	@scripts/dist "$(LIBRARY)" "$(DIST)"
 
 # Some tests hold thousands of connections.
 test: setup ## Run every test (REDIS_SERVER=/path/to/server tests on another server)
@@ -37,6 +54,6 @@ fmt: ## Format the code
 
 clean: ## Remove what was built, downloaded and stored
 	cargo clean
-	rm -rf .servers appendonlydir appendonlydir-*
+	rm -rf .servers dist appendonlydir appendonlydir-*
 
-.PHONY: help setup build run test test-servers bench lint fmt clean
+.PHONY: help setup build run install dist test test-servers bench lint fmt clean
