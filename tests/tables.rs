@@ -118,6 +118,37 @@ fn command_info_has_arity_flags_and_key_positions() {
 }
 
 #[test]
+fn acl_categories_are_those_of_plain_commands_where_modules_may_say_so() {
+    let server = Server::start();
+    let mut client = server.client();
+    let names = |client: &mut Client, command: &str| {
+        let mut names = client.strings(command);
+        names.retain(|name| name.starts_with("limiter."));
+        names.sort();
+        names.join(" ")
+    };
+    // A Valkey names the Redis that it is compatible with: 7.2 or later.
+    let version = client.info("server", "redis_version");
+    let all = "limiter.acquire limiter.bacquire limiter.count limiter.holders limiter.info \
+               limiter.macquire limiter.release limiter.renew";
+    for (category, commands) in [
+        ("sortedset", all),
+        (
+            "write",
+            "limiter.acquire limiter.bacquire limiter.macquire limiter.release limiter.renew",
+        ),
+        ("read", "limiter.count limiter.holders limiter.info"),
+        ("blocking", "limiter.bacquire"),
+        ("slow", "limiter.bacquire limiter.holders limiter.macquire"),
+        ("dangerous", ""),
+    ] {
+        let found = names(&mut client, &format!("COMMAND LIST FILTERBY ACLCAT {category}"));
+        let expected = if version.starts_with("7.0.") { "" } else { commands };
+        assert_eq!(found, expected, "{category}");
+    }
+}
+
+#[test]
 fn command_getkeys_is_the_prefix_alone() {
     let server = Server::start();
     let mut client = server.client();

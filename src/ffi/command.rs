@@ -242,7 +242,26 @@ impl Module {
         if self.document(spec) != raw::REDISMODULE_OK as c_int {
             return Err(refused("the documentation of"));
         }
+        if self.categorize(spec) != raw::REDISMODULE_OK as c_int {
+            return Err(refused("the ACL categories of"));
+        }
         Ok(())
+    }
+
+    /// Puts it into the ACL categories that the server gives its own commands, where the server
+    /// lets modules do so: Redis 7.0 does not.
+    fn categorize(&self, spec: &Spec) -> c_int {
+        // SAFETY: reads a pointer that was written while loading.
+        let Some(set_categories) = (unsafe { raw::RedisModule_SetCommandACLCategories }) else {
+            return raw::REDISMODULE_OK as c_int;
+        };
+        let categories = categories(spec);
+        // SAFETY: the command was just registered, in the load at hand; the text ends with NUL and
+        // is only read.
+        unsafe {
+            let command = api!(RedisModule_GetCommand(self.ctx, spec.name.as_ptr()));
+            set_categories(command, categories.as_ptr())
+        }
     }
 
     fn document(&self, spec: &Spec) -> c_int {
@@ -275,6 +294,18 @@ impl Module {
             api!(RedisModule_SetCommandInfo(command, &info))
         }
     }
+}
+
+/// The ACL categories that follow from the flags and the key, as the server's text.
+fn categories(spec: &Spec) -> CString {
+    let flags = spec.flags.to_string_lossy();
+    let has = |flag| flags.split(' ').any(|have| have == flag);
+    let mut categories = vec![if has("fast") { "fast" } else { "slow" }];
+    categories.extend(has("write").then_some("write"));
+    categories.extend(has("readonly").then_some("read"));
+    categories.extend(has("blocking").then_some("blocking"));
+    categories.extend((!matches!(spec.keys, Keys::None)).then_some("sortedset"));
+    CString::new(categories.join(" ")).unwrap_or_default()
 }
 
 /// The key specs, with the zeroed one that ends them.

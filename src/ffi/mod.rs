@@ -3,7 +3,8 @@
 //! What is here is safe to call from the rest of the module, because:
 //!
 //! - Every server function that is used is in the list of [`api`], and the module refuses to load
-//!   if the server lacks one of them.
+//!   if the server lacks one of them; but for the one that sets ACL categories, which is called only
+//!   where there is one.
 //! - The server calls in on its one main thread, and each of our types that holds a server's
 //!   pointer borrows the [`Context`] of the call it came from, so it cannot outlive the call.
 //! - A panic never crosses into the server: [`command`] turns it into an error reply.
