@@ -55,6 +55,17 @@ pub fn module() -> &'static Path {
     })
 }
 
+/// Makes a library out of a C file below `tests/`.
+pub fn compile(source: &str, library: &Path) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(source);
+    let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
+    let built = Command::new(compiler)
+        .args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"])
+        .args([library, &file])
+        .status();
+    assert!(built.expect("a C compiler").success(), "{source} does not compile");
+}
+
 /// The server program that is tested.
 pub fn server_program() -> PathBuf {
     std::env::var_os("REDIS_SERVER").map_or_else(|| "redis-server".into(), PathBuf::from)
@@ -315,13 +326,7 @@ impl Clock {
     fn new() -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         let (library, file) = (folder.path().join("clock.so"), folder.path().join("clock"));
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/harness/clock.c");
-        let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
-        let built = Command::new(compiler)
-            .args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"])
-            .args([library.as_path(), Path::new(source)])
-            .status();
-        assert!(built.expect("a C compiler").success(), "{source} does not compile");
+        compile("harness/clock.c", &library);
         fs::write(&file, 0_i64.to_ne_bytes()).expect("the clock's file");
         Self { library, file, _folder: Arc::new(folder) }
     }
