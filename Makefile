@@ -24,6 +24,17 @@ build: setup ## Build the module: target/release/libredis_limiter.so
 run: build ## Start a server with the module in the foreground (PORT=7000 chooses the port)
 	@scripts/run
 
+# What there is to say to it besides: scripts/top --help.
+top: .venv/top ## Watch the limiters of a server (PORT= HOST= DB= INTERVAL= PREFIXES="a b")
+	@.venv/bin/python scripts/top $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST)) \
+	  $(if $(DB),--db $(DB)) $(if $(INTERVAL),--interval $(INTERVAL)) -- $(PREFIXES)
+
+.venv/top: scripts/top-requirements.txt
+	@scripts/setup --python
+	@[ -x .venv/bin/python ] || python3 -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 # Servers refuse a library without the execute bit. `install` makes a new file, so a server that
 # runs on the old one keeps it.
 install: $(if $(filter $(BUILT),$(LIBRARY)),build) ## Install the library below PREFIX=/usr/local
@@ -54,6 +65,6 @@ fmt: ## Format the code
 
 clean: ## Remove what was built, downloaded and stored
 	cargo clean
-	rm -rf .servers dist appendonlydir appendonlydir-*
+	rm -rf .servers .venv dist appendonlydir appendonlydir-*
 
-.PHONY: help setup build run install dist test test-servers bench lint fmt clean
+.PHONY: help setup build run top install dist test test-servers bench lint fmt clean
