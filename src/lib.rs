@@ -68,6 +68,7 @@ redis_module! {
     allocator: (Allocator, Allocator),
     data_types: [],
     init: init,
+    deinit: deinit,
 }
 
 fn init(ctx: &Context, args: &[RedisString]) -> Status {
@@ -78,6 +79,15 @@ fn init(ctx: &Context, args: &[RedisString]) -> Status {
             Status::Err
         }
     }
+}
+
+/// Refuses to go while ACL users' rules name our commands: Redis then stops with a failed assertion.
+fn deinit(ctx: &Context) -> Status {
+    if ffi::acl_names(ctx, "limiter.") {
+        ctx.log_warning("limiter: not unloaded: rules of ACL users name its commands");
+        return Status::Err;
+    }
+    Status::Ok
 }
 
 fn load(ctx: &Context, args: &[RedisString]) -> Result<(), String> {

@@ -21,6 +21,27 @@ fn module_load_and_unload_at_run_time() {
 }
 
 #[test]
+fn it_does_not_go_while_access_rules_name_its_commands() {
+    // Redis up to 8.2 would stop with a failed assertion, at once or when it shows the rules.
+    let server = Server::start();
+    let mut client = server.client();
+    for rules in ["+limiter.acquire", "+@all -limiter.acquire", "-@all (+limiter.count ~p)"] {
+        let (before, selector) = rules.split_once('(').unwrap_or((rules, ""));
+        let mut command = vec!["ACL", "SETUSER", "worker", "reset"];
+        command.extend(before.split_whitespace());
+        let selector = format!("({selector}");
+        command.extend((selector.len() > 1).then_some(selector.as_str()));
+        assert_eq!(client.run(&command), Value::Okay);
+        assert!(matches!(client.call("MODULE UNLOAD limiter"), Value::ServerError(_)), "{rules}");
+        assert!(client.strings("ACL LIST").iter().any(|user| user.contains("limiter.")));
+        assert_eq!(client.int("LIMITER.COUNT p"), 0);
+    }
+    assert_eq!(client.call("ACL DELUSER worker"), Value::Int(1));
+    assert_eq!(client.call("MODULE UNLOAD limiter"), Value::Okay);
+    client.strings("ACL LIST");
+}
+
+#[test]
 fn arguments_are_refused_with_a_line_in_the_log() {
     let server = Server::start_bare(&[]);
     let mut client = server.client();

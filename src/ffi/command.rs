@@ -167,6 +167,21 @@ fn exists(ctx: *mut RedisModuleCtx, command: &CStr) -> bool {
         || io::Error::last_os_error().raw_os_error() != Some(libc::ENOENT)
 }
 
+/// Whether a rule of an ACL user names a command that starts so.
+pub fn acl_names(ctx: &redis_module::Context, start: &str) -> bool {
+    // SAFETY: the context is that of the unload; the texts end with NUL, as the format says.
+    let reply = unsafe {
+        api!(RedisModule_Call(ctx.ctx, c"ACL".as_ptr(), c"c".as_ptr(), c"LIST".as_ptr()))
+    };
+    let Some(users) = CallReply::new(reply) else { return false };
+    let mut rules =
+        (0..users.len()).filter_map(|index| users.text_at(index)).flat_map(str::split_whitespace);
+    rules.any(|rule| {
+        let rule = rule.trim_start_matches('(');
+        rule.strip_prefix(['+', '-']).is_some_and(|command| command.starts_with(start))
+    })
+}
+
 /// The module while it loads.
 pub struct Module {
     ctx: *mut RedisModuleCtx,

@@ -35,7 +35,7 @@ mod reply;
 mod sorted_set;
 
 pub use blocked::{BlockedClient, Blocking};
-pub use command::{Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
+pub use command::{acl_names, Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
 pub use context::{Context, OwnedStr, Permit, Str};
 pub use events::{listen_for_waiters, listen_for_writes, Listener, Timer};
 pub use info::Section;
