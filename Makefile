@@ -47,6 +47,11 @@ dist: $(if $(filter $(BUILT),$(LIBRARY)),build) ## Pack what a server needs into
 # Some tests hold thousands of connections.
 test: setup ## Run every test (REDIS_SERVER=/path/to/server tests on another server)
 	ulimit -n "$$(ulimit -Hn)" && cargo test --locked
+	@$(MAKE) --no-print-directory test-clients
+
+test-clients: setup ## Run the tests of the Python client and of the example for Node.js alone
+	@scripts/setup --clients
+	@scripts/test-clients
 
 test-servers: setup ## Run every test on each server that can be installed here
 	@scripts/setup --servers
@@ -66,5 +71,7 @@ fmt: ## Format the code
 clean: ## Remove what was built, downloaded and stored
 	cargo clean
 	rm -rf .servers .venv dist appendonlydir appendonlydir-*
+	rm -rf clients/python/.venv clients/python/build clients/python/*.egg-info \
+		clients/node/node_modules
 
-.PHONY: help setup build run top install dist test test-servers bench lint fmt clean
+.PHONY: help setup build run top install dist test test-clients test-servers bench lint fmt clean

@@ -143,3 +143,8 @@ def cluster_client(request, cluster):
 def waiting(client):
     """How many clients wait in line."""
     return int(client.info("clients")["blocked_clients"])
+
+
+def in_line(client):
+    """Those clients, as CLIENT LIST has them. Who has left may still be listed, but not blocked."""
+    return [c for c in client.client_list() if "b" in c["flags"]]

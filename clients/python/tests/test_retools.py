@@ -159,10 +159,9 @@ def test_both_at_once_keep_the_bound(server, prefix, olds, news):
 
 def test_a_client_of_the_other_kind_is_refused(server, prefix):
     async def attempt():
-        client = redis.asyncio.Redis(port=server.port)
-        with pytest.raises(RuntimeError, match="client for threads"):
-            Limiter(1, client, prefix).acquire_limit("k")
-        await client.aclose()
+        async with redis.asyncio.Redis(port=server.port) as client:
+            with pytest.raises(RuntimeError, match="client for threads"):
+                Limiter(1, client, prefix).acquire_limit("k")
 
     asyncio.run(attempt())
 

@@ -9,7 +9,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import SentinelConnectionPool
 
-from conftest import ON_EACH_PROTOCOL, wait_until, waiting
+from conftest import ON_EACH_PROTOCOL, in_line, wait_until, waiting
 from redis_limiter import LeaseLost, Limiter, LimiterError, NotAcquired
 
 
@@ -94,12 +94,11 @@ def test_the_clients_time_out_does_not_cut_a_wait_short(server, admin, prefix):
         for wait in (20, None):
             waiter = Waiter(limiter.slot("k", wait=wait))
             wait_until("it waits", lambda: waiting(admin) == 1)
-            (blocked,) = [c for c in admin.client_list() if c["cmd"] == "limiter.bacquire"]
+            (blocked,) = in_line(admin)
             before = time.monotonic()
             wait_until("time-outs are over", lambda: time.monotonic() > before + 0.2)
             # It is still the same wait, with its place in line.
-            now = [c for c in admin.client_list() if c["cmd"] == "limiter.bacquire"]
-            assert [c["id"] for c in now] == [blocked["id"]]
+            assert [c["id"] for c in in_line(admin)] == [blocked["id"]]
             limiter.release_limit("holder")
             assert waiter.inside.wait(20)
             assert waiter.end() is None
@@ -126,8 +125,8 @@ def test_a_wait_goes_on_after_unblocked_and_after_a_lost_connection(own_server, 
         waiter = Waiter(limiter.slot("k", wait=20))
 
         def waits_anew(after):
-            found = [c["id"] for c in admin.client_list() if c["cmd"] == "limiter.bacquire"]
-            return waiting(admin) == 1 and found and found != after and found
+            found = [c["id"] for c in in_line(admin)]
+            return found != after and found
 
         wait_until("it waits", lambda: waits_anew([]))
         first = waits_anew([])
@@ -274,7 +273,7 @@ def test_waits_go_the_way_of_the_clients_own_connections(server, admin, prefix, 
         with limiter.slot():
             waiter = Waiter(limiter.slot(wait=20))
             wait_until("it waits", lambda: waiting(admin) == 1)
-            (found,) = [c for c in admin.client_list() if c["cmd"] == "limiter.bacquire"]
+            (found,) = in_line(admin)
             assert found["db"] == "3"
         assert waiter.inside.wait(20) and waiter.end() is None
         client.connection_pool.disconnect()
