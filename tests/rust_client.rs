@@ -56,6 +56,13 @@ async fn until_in_line(server: &Server, count: usize) {
 }
 
 #[test]
+fn the_readme_shows_the_example() {
+    let rest = include_str!("rust_client.rs").split("// README: from here\n").nth(1);
+    let example = rest.and_then(|rest| rest.split("// README: to here").next()).expect("marks");
+    assert!(include_str!("../README.md").contains(&format!("```rust\n{example}```\n")));
+}
+
+#[test]
 fn the_example_never_exceeds_the_limit_and_everybody_gets_a_slot() {
     let server = Server::start();
     run(async {

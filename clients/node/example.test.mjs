@@ -3,7 +3,7 @@
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { mkdtemp, rm } from "node:fs/promises";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -62,6 +62,13 @@ after(async () => {
   admin.disconnect();
   server.kill("SIGKILL");
   await rm(folder, { recursive: true, force: true });
+});
+
+test("the README shows the example", async () => {
+  const example = await readFile(new URL("example.mjs", import.meta.url), "utf8");
+  const readme = await readFile(new URL("../../README.md", import.meta.url), "utf8");
+  const shown = example.slice(example.indexOf("// Runs"));
+  assert.ok(shown.startsWith("// Runs") && readme.includes("```js\n" + shown + "```\n"));
 });
 
 test("never more than the limit, and everybody's turn comes", async () => {
