@@ -141,7 +141,7 @@ class LimiterCore:
 
         It is none of the client's pool: waiters that use up a pool would keep the holders from
         releasing. It gives up after `patience` seconds (None: never) whatever time-out the client
-        has, and never sends the command again by itself: that would be another wait.
+        has, and tries nothing twice: to send the command again would be another wait.
         """
         source = self.redis
         if hasattr(source, "get_node_from_key"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 
 import pytest
 import redis.asyncio
@@ -186,10 +187,10 @@ def test_a_server_that_stands_still_costs_the_lease(own_server, prefix):
         async with redis.asyncio.Redis(port=own_server.port, socket_timeout=60) as client:
             limiter = Limiter(1, client, prefix, expiration_in_seconds=0.5)
             slot = await limiter.slot().__aenter__()
-            own_server.process.send_signal(19)  # SIGSTOP: it answers nothing, and closes nothing.
+            own_server.process.send_signal(signal.SIGSTOP)  # It answers nothing, and closes nothing.
             with pytest.raises(asyncio.CancelledError):
                 await asyncio.wait_for(asyncio.Event().wait(), DEADLINE)
-            own_server.process.send_signal(18)  # SIGCONT
+            own_server.process.send_signal(signal.SIGCONT)
             assert slot.lost
             with pytest.raises(LeaseLost):
                 await slot.__aexit__(asyncio.CancelledError, asyncio.CancelledError(), None)

@@ -1,5 +1,6 @@
 """`with limiter.slot(...)`: it waits in line, holds, renews, tells a loss and gives back."""
 
+import signal
 import threading
 import time
 
@@ -11,6 +12,7 @@ from redis.sentinel import SentinelConnectionPool
 
 from conftest import ON_EACH_PROTOCOL, in_line, wait_until, waiting
 from redis_limiter import LeaseLost, Limiter, LimiterError, NotAcquired
+from redis_limiter._core import finish
 
 
 class Waiter(threading.Thread):
@@ -85,6 +87,13 @@ def test_no_slot_in_time_is_an_error_and_nothing_is_held(client, admin, prefix):
     assert admin.zrange(prefix, 0, -1) == ["holder"]
     assert waiting(admin) == 0
     assert issubclass(NotAcquired, LimiterError) and issubclass(LeaseLost, LimiterError)
+
+
+def test_the_last_moment_of_a_wait_is_not_a_wait_without_end(admin, prefix):
+    limiter = Limiter(1, admin, prefix)
+    limiter.acquire_limit("holder")
+    # 0 would be, to the server.
+    assert finish(limiter.slot("k")._acquire_in_line(left=0.0001)) is False
 
 
 def test_the_clients_time_out_does_not_cut_a_wait_short(server, admin, prefix):
@@ -241,15 +250,44 @@ def test_a_lease_is_lost_when_its_server_does_not_answer(own_server, prefix):
             slot.check()
 
 
-def test_a_short_absence_of_the_server_costs_no_lease(own_server, prefix):
-    with redis.Redis(port=own_server.port) as client:
-        limiter = Limiter(1, client, prefix, expiration_in_seconds=1.5)
-        with limiter.slot("k") as slot:
-            end = client.zscore(prefix, "k")
-            # All connections break: the renewal finds its way back.
-            client.client_kill_filter(_type="normal", skipme=False)
-            wait_until("it was renewed", lambda: (client.zscore(prefix, "k") or 0) > end)
-            assert not slot.lost
+def test_a_renewal_that_fails_is_tried_again_while_the_lease_lives(own_server, prefix):
+    failures = []
+
+    class Client(redis.Redis):
+        def execute_command(self, *args, **options):
+            try:
+                return super().execute_command(*args, **options)
+            except redis.RedisError as error:
+                failures.append(error)
+                raise
+
+    options = {"socket_timeout": 0.1, "retry": Retry(NoBackoff(), 0)}
+    with redis.Redis(port=own_server.port) as admin:
+        with Client(port=own_server.port, **options) as client:
+            with Limiter(1, client, prefix, expiration_in_seconds=3).slot("k") as slot:
+                end = admin.zscore(prefix, "k")
+                own_server.process.send_signal(signal.SIGSTOP)
+                wait_until("a renewal has failed", lambda: failures)
+                assert not slot.lost
+                own_server.process.send_signal(signal.SIGCONT)
+                wait_until("it was renewed", lambda: (admin.zscore(prefix, "k") or 0) > end)
+                assert not slot.lost
+
+
+def test_a_release_that_fails_is_an_error_unless_the_block_has_its_own(own_server, prefix):
+    fast = Retry(NoBackoff(), 0)
+    with redis.Redis(port=own_server.port, retry=fast) as client:
+        limiter = Limiter(2, client, prefix, expiration_in_seconds=60)
+        with pytest.raises(redis.ConnectionError):
+            with limiter.slot():
+                try:
+                    with limiter.slot():
+                        own_server.process.kill()
+                        own_server.process.wait()
+                        1 / 0
+                except Exception as error:
+                    inner = error
+        assert isinstance(inner, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("options", ON_EACH_PROTOCOL)
