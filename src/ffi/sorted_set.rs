@@ -321,14 +321,23 @@ impl Leases for SortedSet<'_> {
     }
 
     fn remove(&mut self, keys: &[Str<'_>]) -> u64 {
-        let mut removed: Vec<*mut RedisModuleString> = Vec::new();
-        for key in keys {
-            if self.remove_silently(key.as_ptr()) {
-                removed.push(key.as_ptr());
+        // One key is by far the most frequent number, and takes no memory of its own.
+        let mut one;
+        let mut many = Vec::new();
+        let removed: &mut [*mut RedisModuleString] = if let [key] = keys {
+            one = [key.as_ptr()];
+            let len = usize::from(self.remove_silently(key.as_ptr()));
+            one.get_mut(..len).unwrap_or_default()
+        } else {
+            for key in keys {
+                if self.remove_silently(key.as_ptr()) {
+                    many.push(key.as_ptr());
+                }
             }
-        }
+            &mut many
+        };
         if !removed.is_empty() {
-            self.replicate_zrem(&mut removed);
+            self.replicate_zrem(removed);
             self.removed(event::ZREM);
         }
         removed.len() as u64
