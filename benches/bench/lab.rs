@@ -91,7 +91,8 @@ pub fn load(server: &Server, load: &Load, command: &[String]) -> Taken {
         .output()
         .expect("redis-benchmark");
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "redis-benchmark {command:?}: {text}");
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "redis-benchmark {command:?}: {text}{complaint}");
     // The fields after the name, which may hold commas: calls a second, and six latencies.
     let per_second = text.lines().last().and_then(|line| line.rsplit(',').nth(6));
     let per_second: f64 =
