@@ -102,3 +102,16 @@ fn when_all_have_lapsed_their_slots_are_free_at_once() {
     assert_eq!(client.int("EXISTS p"), 0);
     check_same(&server, &replica);
 }
+
+#[test]
+fn a_set_that_is_about_to_expire_is_pruned_whole() {
+    let (server, replica) = server_with_lapsed(3 * STEP);
+    let mut client = server.client();
+    client.int("PEXPIRE p 20000");
+    let Value::Array(state) = client.call("LIMITER.ACQUIRE p d 3 10 WITHSTATE") else {
+        panic!("no state")
+    };
+    assert_eq!(state[..2], [Value::Int(0), Value::Int(3)]);
+    assert_eq!(client.strings("ZRANGE p 0 -1"), ["a", "b", "c"]);
+    check_same(&server, &replica);
+}

@@ -8,8 +8,9 @@
 //! - The server calls in on its one main thread, and each of our types that holds a server's
 //!   pointer borrows the [`Context`] of the call it came from, so it cannot outlive the call.
 //! - A panic never crosses into the server: [`command`] turns it into an error reply.
-//! - While a key is open, nothing runs that could change it behind the handle: no `RM_Call`, no
-//!   keyspace notification (those are sent when the handle is closed).
+//! - While a key is open, nothing runs that could change it behind the handle: no keyspace
+//!   notification (those are sent when the handle is closed), and no `RM_Call` but one that reads,
+//!   where the key cannot expire meanwhile.
 //!
 //! | file | what it wraps |
 //! | --- | --- |

@@ -203,6 +203,12 @@ impl<'c> SortedSet<'c> {
         (status == raw::REDISMODULE_OK as i32).then_some(score)
     }
 
+    /// Whether the set's own expiry may be reached before the command at hand is done, even if the
+    /// machine stands still for a moment.
+    fn may_expire(&self, now_ms: i64) -> bool {
+        self.expiry_ms().is_some_and(|ms| ms <= now_ms.saturating_add(EXPIRY_MARGIN_MS))
+    }
+
     fn replicate_zrem(&self, keys: &mut [*mut RedisModuleString]) {
         // SAFETY: "sv" takes a string and an array of strings with its length.
         unsafe {
@@ -233,7 +239,8 @@ impl Leases for SortedSet<'_> {
         let mut removed: Vec<OwnedStr> = Vec::new();
         let mut left = 0;
         while self.set.seek(lapsed, End::First) {
-            if removed.len() as u64 >= at_most && left == 0 {
+            if removed.len() as u64 == at_most && !self.may_expire(now_ms) {
+                // The one call while a key is open: it reads, and the key does not expire under it.
                 let live = count_after(self.ctx, self.prefix, now_ms);
                 // If the server does not tell how many are left, none is left.
                 left = live.map_or(0, |live| self.count().saturating_sub(live));
@@ -428,6 +435,9 @@ pub fn score_of_rank(ctx: &Context, prefix: Str<'_>, rank: u64) -> Option<f64> {
     })?;
     reply.text_at(1)?.parse().ok()
 }
+
+/// A set whose expiry is nearer than that is not left to the server while it is open.
+const EXPIRY_MARGIN_MS: i64 = 60_000;
 
 const NO_EXPIRY_MS: i64 = raw::REDISMODULE_NO_EXPIRE as i64;
 
