@@ -72,20 +72,21 @@ impl Command for Acquire {
 }
 
 /// What the options ask for.
-struct Options {
-    reacquire: Reacquire,
-    until: Until,
-    answer: Answer,
+pub(super) struct Options {
+    pub reacquire: Reacquire,
+    pub until: Until,
+    pub answer: Answer,
 }
 
+/// What is replied.
 #[derive(PartialEq)]
-enum Answer {
+pub(super) enum Answer {
     Integer,
     State,
 }
 
 impl Options {
-    fn parse(ctx: &Context, words: &[Str<'_>]) -> Result<Self, ErrorText> {
+    pub fn parse(ctx: &Context, words: &[Str<'_>]) -> Result<Self, ErrorText> {
         let (reacquire, until, answer) = (Reacquire::Refresh, Until::Lapse, Answer::Integer);
         let mut options = Self { reacquire, until, answer };
         for word in words {

@@ -3,11 +3,11 @@
 
 use std::collections::HashSet;
 
-use super::errors::{self, ErrorText};
+use super::acquire::{Answer, Options};
+use super::errors;
 use super::parse;
 use crate::ffi::{Access, Arg, Command, CommandResult, Context, Keys, Reply, Spec, Str};
-use crate::limiter::Reacquire;
-use crate::waiters::{self, Ask, Until};
+use crate::waiters::{self, Ask};
 
 /// Takes a slot in each of the limiters, or in none: one atomic step.
 ///
@@ -60,7 +60,10 @@ impl Command for Macquire {
         let limits = limits.iter().map(limit).collect::<Result<Vec<_>, _>>()?;
         let ttl_ms = parse::ttl_ms(ttl.bytes(), now_ms)
             .ok_or_else(|| errors::expire_time(Self::SPEC.name))?;
-        let (reacquire, until) = self::options(ctx, options)?;
+        let Options { reacquire, until, answer: Answer::Integer } = Options::parse(ctx, options)?
+        else {
+            return Err(errors::SYNTAX); // WITHSTATE tells of one limiter.
+        };
 
         let Some(first) = prefixes.first() else { return Err(errors::NUMLIMITERS) };
         let ask = Ask { prefix: *first, key: *key, limit: 0, ttl_ms, until };
@@ -68,19 +71,4 @@ impl Command for Macquire {
 
         Ok(Reply::Integer(i64::from(taken)))
     }
-}
-
-fn options(ctx: &Context, words: &[Str<'_>]) -> Result<(Reacquire, Until), ErrorText> {
-    let (mut reacquire, mut until) = (Reacquire::Refresh, Until::Lapse);
-    for word in words {
-        let word = word.bytes();
-        if word.eq_ignore_ascii_case(b"NX") && reacquire == Reacquire::Refresh {
-            reacquire = Reacquire::Deny;
-        } else if word.eq_ignore_ascii_case(b"EPHEMERAL") && until == Until::Lapse {
-            until = Until::Closed(ctx.connection().ok_or(errors::NO_CONNECTION)?);
-        } else {
-            return Err(errors::SYNTAX);
-        }
-    }
-    Ok((reacquire, until))
 }

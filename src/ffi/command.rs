@@ -234,7 +234,7 @@ impl Module {
         let spec = &C::SPEC;
         let refused = |what| format!("the server refused {what} {}", spec.name.to_string_lossy());
         let (first_key, last_key, step) = match spec.keys {
-            // Counted keys are told of in the documentation below, which the server goes by.
+            // No range is that of counted keys: see `tell_keys`.
             Keys::None | Keys::Counted(_) => (0, 0, 0),
             Keys::First(_) => (1, 1, 1),
         };
