@@ -7,6 +7,8 @@
 //! - There are never more than [`CAPACITY`] records, however many limiters there are. When there
 //!   would be, those of limiters that are empty go; if that is too little, all.
 //! - What was counted of all limiters together is never forgotten.
+//!
+//! A command looks its limiter up once: what it has found ([`Place`]) leads back to the record.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -19,14 +21,23 @@ const CAPACITY: usize = 10_000;
 /// Longer prefixes are not worth their memory.
 const LONGEST_PREFIX: usize = 256;
 
-/// What is remembered of many limiters, by database and prefix.
+/// What is remembered of many limiters.
 #[derive(Default)]
 pub struct Records {
-    by_limiter: BTreeMap<i32, HashMap<Box<[u8]>, Record>>,
-    len: usize,
+    records: Vec<Record>,
+    by_limiter: BTreeMap<i32, HashMap<Box<[u8]>, usize>>,
     totals: Counters,
     /// Facts of an earlier age are forgotten.
     age: u64,
+    /// How often records have moved to other places.
+    moves: u64,
+}
+
+/// Where a limiter's record is. It may have moved when it is used: then it is looked up anew.
+#[derive(Clone, Copy)]
+pub struct Place {
+    index: usize,
+    moves: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -37,17 +48,20 @@ struct Record {
 }
 
 impl Records {
-    /// What is known of a limiter's set.
+    /// Where a limiter's record is, and what is known of its set.
     #[must_use]
-    pub fn facts(&self, db: i32, prefix: &[u8]) -> Facts {
-        let record = self.record(db, prefix).filter(|record| record.age == self.age);
-        record.map_or(Facts::UNKNOWN, |record| record.facts)
+    pub fn look_up(&self, db: i32, prefix: &[u8]) -> (Option<Place>, Facts) {
+        let Some(index) = self.index(db, prefix) else { return (None, Facts::UNKNOWN) };
+        let record = self.records.get(index).filter(|record| record.age == self.age);
+        let facts = record.map_or(Facts::UNKNOWN, |record| record.facts);
+        (Some(Place { index, moves: self.moves }), facts)
     }
 
     /// What was counted of a limiter since its record was made.
     #[must_use]
     pub fn counters(&self, db: i32, prefix: &[u8]) -> Counters {
-        self.record(db, prefix).map(|record| record.counters).unwrap_or_default()
+        let record = self.index(db, prefix).and_then(|index| self.records.get(index));
+        record.map(|record| record.counters).unwrap_or_default()
     }
 
     /// What was counted of all limiters.
@@ -56,23 +70,31 @@ impl Records {
         self.totals
     }
 
-    /// A command is done: what it has counted, and what is known now.
-    pub fn note(&mut self, db: i32, prefix: &[u8], counted: &Counters, facts: Facts) {
+    /// A command is done: what it has counted, and what is known now. `place` is where the record
+    /// was when the command began.
+    pub fn note(
+        &mut self,
+        place: Option<Place>,
+        db: i32,
+        prefix: &[u8],
+        counted: &Counters,
+        facts: Facts,
+    ) {
         let age = self.age;
-        self.update(db, prefix, counted, |record| {
+        if let Some(record) = self.count(place, db, prefix, counted) {
             (record.facts, record.age) = (facts, age);
-        });
+        }
     }
 
     /// A wait has begun or ended.
     pub fn note_wait(&mut self, db: i32, prefix: &[u8], counted: &Counters) {
-        self.update(db, prefix, counted, |_| ());
+        self.count(None, db, prefix, counted);
     }
 
     /// Somebody else has written to the set.
     pub fn forget_facts(&mut self, db: i32, prefix: &[u8]) {
-        let record = self.by_limiter.get_mut(&db).and_then(|records| records.get_mut(prefix));
-        if let Some(record) = record {
+        let index = self.index(db, prefix);
+        if let Some(record) = index.and_then(|index| self.records.get_mut(index)) {
             record.facts = Facts::UNKNOWN;
         }
     }
@@ -82,46 +104,59 @@ impl Records {
         self.age = self.age.wrapping_add(1);
     }
 
-    fn record(&self, db: i32, prefix: &[u8]) -> Option<&Record> {
-        self.by_limiter.get(&db)?.get(prefix)
+    fn index(&self, db: i32, prefix: &[u8]) -> Option<usize> {
+        self.by_limiter.get(&db)?.get(prefix).copied()
     }
 
-    /// Counts, in a new record if the limiter has none.
-    fn update(
+    /// Counts, in a new record if the limiter has none and is worth one.
+    fn count(
         &mut self,
+        place: Option<Place>,
         db: i32,
         prefix: &[u8],
         counted: &Counters,
-        work: impl FnOnce(&mut Record),
-    ) {
+    ) -> Option<&mut Record> {
         self.totals.add(counted);
-        let known = self.by_limiter.get_mut(&db).and_then(|records| records.get_mut(prefix));
-        if let Some(record) = known {
-            record.counters.add(counted);
-            work(record);
-        } else if prefix.len() <= LONGEST_PREFIX {
-            self.make_room();
-            let mut record = Record { facts: Facts::UNKNOWN, age: self.age, counters: *counted };
-            work(&mut record);
-            self.by_limiter.entry(db).or_default().insert(prefix.into(), record);
-            self.len = self.len.saturating_add(1);
-        }
+        let known = place.filter(|place| place.moves == self.moves).map(|place| place.index);
+        let index = match known.or_else(|| self.index(db, prefix)) {
+            Some(index) => index,
+            None if prefix.len() > LONGEST_PREFIX => return None,
+            None => self.make_record(db, prefix),
+        };
+        let record = self.records.get_mut(index)?;
+        record.counters.add(counted);
+        Some(record)
     }
 
-    /// Makes room for one more record.
+    fn make_record(&mut self, db: i32, prefix: &[u8]) -> usize {
+        if self.records.len() >= CAPACITY {
+            self.make_room();
+        }
+        let index = self.records.len();
+        let (facts, counters) = (Facts::UNKNOWN, Counters::default());
+        self.records.push(Record { facts, age: self.age, counters });
+        self.by_limiter.entry(db).or_default().insert(prefix.into(), index);
+        index
+    }
+
+    /// Makes room for many records, so that this is rare.
     fn make_room(&mut self) {
-        if self.len < CAPACITY {
-            return;
+        let mut kept = Vec::new();
+        for indices in self.by_limiter.values_mut() {
+            indices.retain(|_, index| {
+                let record = self.records.get(*index).filter(|record| record.facts != Facts::EMPTY);
+                *index = kept.len();
+                kept.extend(record);
+                record.is_some()
+            });
         }
-        for records in self.by_limiter.values_mut() {
-            records.retain(|_, record| record.facts != Facts::EMPTY);
-        }
-        self.len = self.by_limiter.values().map(HashMap::len).sum();
-        // Room for many, so that this is rare.
-        if self.len > CAPACITY / 2 {
+        if kept.len() > CAPACITY / 2 {
             self.by_limiter.clear();
-            self.len = 0;
+            kept.clear();
         }
+        self.by_limiter.retain(|_, indices| !indices.is_empty());
+        self.records = kept;
+        self.moves = self.moves.wrapping_add(1);
     }
 }
 
@@ -143,34 +178,38 @@ mod tests {
         wait_ms_max: 0,
     };
 
+    fn facts(records: &Records, db: i32, prefix: &[u8]) -> Facts {
+        records.look_up(db, prefix).1
+    }
+
     #[test]
     fn a_record_is_of_one_limiter_in_one_database() {
         let mut records = Records::default();
-        records.note(0, b"a", &ONE, SOME);
-        records.note(0, b"a", &ONE, SOME);
-        assert_eq!((records.facts(0, b"a"), records.counters(0, b"a").acquired), (SOME, 2));
+        records.note(None, 0, b"a", &ONE, SOME);
+        records.note(None, 0, b"a", &ONE, SOME);
+        assert_eq!((facts(&records, 0, b"a"), records.counters(0, b"a").acquired), (SOME, 2));
         for (db, prefix) in [(1, b"a"), (0, b"b")] {
-            assert_eq!(records.facts(db, prefix), Facts::UNKNOWN);
+            assert_eq!(facts(&records, db, prefix), Facts::UNKNOWN);
             assert_eq!(records.counters(db, prefix), Counters::default());
             records.forget_facts(db, prefix);
         }
-        assert_eq!(records.facts(0, b"a"), SOME);
+        assert_eq!(facts(&records, 0, b"a"), SOME);
     }
 
     #[test]
     fn facts_are_forgotten_and_counts_are_not() {
         let mut records = Records::default();
-        records.note(0, b"a", &ONE, SOME);
-        records.note(1, b"b", &ONE, SOME);
+        records.note(None, 0, b"a", &ONE, SOME);
+        records.note(None, 1, b"b", &ONE, SOME);
         records.forget_facts(0, b"a");
-        assert_eq!(records.facts(0, b"a"), Facts::UNKNOWN);
-        assert_eq!(records.facts(1, b"b"), SOME);
+        assert_eq!(facts(&records, 0, b"a"), Facts::UNKNOWN);
+        assert_eq!(facts(&records, 1, b"b"), SOME);
         records.forget_all_facts();
-        assert_eq!(records.facts(1, b"b"), Facts::UNKNOWN);
+        assert_eq!(facts(&records, 1, b"b"), Facts::UNKNOWN);
         records.note_wait(1, b"b", &ONE);
-        assert_eq!(records.facts(1, b"b"), Facts::UNKNOWN);
-        records.note(1, b"b", &ONE, SOME);
-        assert_eq!(records.facts(1, b"b"), SOME);
+        assert_eq!(facts(&records, 1, b"b"), Facts::UNKNOWN);
+        records.note(None, 1, b"b", &ONE, SOME);
+        assert_eq!(facts(&records, 1, b"b"), SOME);
         assert_eq!(records.counters(1, b"b").acquired, 3);
         assert_eq!(records.totals().acquired, 4);
     }
@@ -178,18 +217,39 @@ mod tests {
     #[test]
     fn the_number_of_records_is_bounded_and_empty_limiters_go_first() {
         let mut records = Records::default();
-        records.note(0, b"held", &ONE, SOME);
+        records.note(None, 0, b"held", &ONE, SOME);
         for number in 0..CAPACITY * 3 {
-            records.note(0, number.to_string().as_bytes(), &ONE, Facts::EMPTY);
-            records.note(0, &[b'x'; LONGEST_PREFIX + 1], &ONE, SOME);
+            records.note(None, 0, number.to_string().as_bytes(), &ONE, Facts::EMPTY);
+            records.note(None, 0, &[b'x'; LONGEST_PREFIX + 1], &ONE, SOME);
         }
         assert_eq!(records.counters(0, b"held"), ONE);
-        assert_eq!(records.len, records.by_limiter[&0].len());
-        assert!(records.len <= CAPACITY);
+        assert_eq!(records.records.len(), records.by_limiter[&0].len());
+        assert!(records.records.len() <= CAPACITY);
         for number in 0..CAPACITY * 3 {
-            records.note(1, number.to_string().as_bytes(), &ONE, SOME);
+            records.note(None, 1, number.to_string().as_bytes(), &ONE, SOME);
         }
-        assert!(records.len <= CAPACITY);
+        assert!(records.records.len() <= CAPACITY);
         assert_eq!(records.totals().acquired as usize, CAPACITY * 9 + 1);
+    }
+
+    #[test]
+    fn a_place_leads_to_its_limiter_also_after_records_have_moved() {
+        let mut records = Records::default();
+        for number in 0..CAPACITY / 2 {
+            records.note(None, 0, number.to_string().as_bytes(), &ONE, Facts::EMPTY);
+        }
+        records.note(None, 0, b"a", &ONE, SOME);
+        let (place, _) = records.look_up(0, b"a");
+        records.note(place, 0, b"a", &ONE, SOME);
+        assert_eq!(records.counters(0, b"a").acquired, 2);
+
+        for number in 0..CAPACITY / 2 {
+            records.note(None, 1, number.to_string().as_bytes(), &ONE, Facts::EMPTY);
+        }
+        assert!(records.records.len() < CAPACITY / 2, "the empty ones have gone");
+        records.note(place, 0, b"a", &ONE, SOME);
+        assert_eq!(records.counters(0, b"a").acquired, 3);
+        assert_eq!(facts(&records, 0, b"a"), SOME);
+        assert_eq!(records.totals().acquired as usize, CAPACITY + 3);
     }
 }

@@ -32,7 +32,7 @@ use crate::ffi::{
 };
 use crate::limiter::{self, Leases, Limiter, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
-use crate::records::Records;
+use crate::records::{Place, Records};
 use crate::ties::{Lease, Owner, TieId, Ties};
 
 /// How soon the pump comes back when the server may not write: the end of a pause, and the return
@@ -42,6 +42,10 @@ const REFUSED_RETRY_MS: i64 = 10;
 /// How often a line looks whether its slot is still served here, in a cluster. Redis 7.0 lets a
 /// slot go without a word.
 const CLUSTER_PROBE_MS: i64 = 500;
+
+/// How long a timer runs on that nobody needs: where clients wait again and again, the next wait
+/// needs it again.
+const IDLE_TIMER_MS: i64 = 100;
 
 /// How much later than it should the timer may ring. More means that the system's clock was set.
 /// The server starts its timers by that clock and ends them by another, so such a timer would ring
@@ -223,11 +227,10 @@ pub fn release(ctx: &Context, prefix: Str<'_>, keys: &[Str<'_>]) -> Result<u64, 
     let now_ms = ctx.now_ms();
     let mut open = OpenLimiter::open(ctx, prefix)?;
     let released = open.limiter.release(keys, now_ms);
-    with(|hall| {
-        if !hall.ties.is_empty() {
-            keys.iter().for_each(|key| hall.ties.cut(open.db, prefix.bytes(), key.bytes()));
-        }
-    });
+    if open.any_ties {
+        let cut = |key: &Str<'_>| with(|hall| hall.ties.cut(open.db, prefix.bytes(), key.bytes()));
+        keys.iter().for_each(cut);
+    }
     serve(ctx, open.line, &mut open.limiter, now_ms);
     Ok(released)
 }
@@ -246,11 +249,9 @@ pub fn renew(
     let lapse_ms = lapse_ms(now_ms, ttl_ms);
     let mut open = OpenLimiter::open(ctx, prefix)?;
     let renewed = open.limiter.renew(&key, lapse_ms, now_ms);
-    with(|hall| {
-        if renewed && !hall.ties.is_empty() {
-            hall.ties.renewed(open.db, prefix.bytes(), key.bytes(), lapse_ms);
-        }
-    });
+    if renewed && open.any_ties {
+        with(|hall| hall.ties.renewed(open.db, prefix.bytes(), key.bytes(), lapse_ms));
+    }
     serve(ctx, open.line, &mut open.limiter, now_ms);
     Ok(renewed)
 }
@@ -328,20 +329,28 @@ struct OpenLimiter<'c> {
     denied: u64,
     db: i32,
     prefix: Str<'c>,
+    record: Option<Place>,
+    /// Whether any lease may be tied to somebody: else there is no tie to look for.
+    any_ties: bool,
 }
 
 impl<'c> OpenLimiter<'c> {
     fn open(ctx: &'c Context, prefix: Str<'c>) -> Result<Self, NotOpened> {
         let set = SortedSet::open(ctx, prefix)?;
         let db = ctx.db();
-        let (facts, line, listens) = with(|hall| {
+        let (listens, open) = with(|hall| {
             let listens = std::mem::replace(&mut hall.listens_for_writes, true);
-            (hall.records.facts(db, prefix.bytes()), hall.lines.line(db, prefix.bytes()), listens)
+            let (record, facts) = hall.records.look_up(db, prefix.bytes());
+            let line = hall.lines.line(db, prefix.bytes());
+            let any_ties = !hall.ties.is_empty() || line.is_some();
+            (listens, (record, facts, line, any_ties))
         });
         if !listens {
             listen_for_writes::<Pump>(ctx);
         }
-        Ok(Self { limiter: Limiter::new(set, facts), line, denied: 0, db, prefix })
+        let (record, facts, line, any_ties) = open;
+        let limiter = Limiter::new(set, facts);
+        Ok(Self { limiter, line, denied: 0, db, prefix, record, any_ties })
     }
 }
 
@@ -350,7 +359,8 @@ impl Drop for OpenLimiter<'_> {
     fn drop(&mut self) {
         let counted = Counters { denied: self.denied, ..*self.limiter.counted() };
         let facts = self.limiter.facts();
-        with(|hall| hall.records.note(self.db, self.prefix.bytes(), &counted, facts));
+        let prefix = self.prefix.bytes();
+        with(|hall| hall.records.note(self.record, self.db, prefix, &counted, facts));
     }
 }
 
@@ -397,13 +407,14 @@ fn put(
     if outcome == Outcome::Denied {
         return outcome;
     }
-    with(|hall| match ask.until {
+    match ask.until {
         Until::Closed(connection) => {
             let lease = Lease { db, prefix: prefix.into(), key: key.into(), lapse_ms };
-            hall.ties.tie(lease, Owner::Connection(connection), now_ms);
+            with(|hall| hall.ties.tie(lease, Owner::Connection(connection), now_ms));
         }
-        Until::Lapse => hall.ties.cut(db, prefix, key),
-    });
+        Until::Lapse if open.any_ties => with(|hall| hall.ties.cut(db, prefix, key)),
+        Until::Lapse => {}
+    }
     // What was refreshed lapses at another time.
     serve(ctx, open.line, &mut open.limiter, now_ms);
     outcome
@@ -463,8 +474,7 @@ fn dismiss(line: LineId, answer: Answer, now_ms: i64) {
     }
 }
 
-/// Sets the timer to the soonest thing there is to do. If there is nothing, it is stopped at the
-/// next turn: a waiter's reply need not wait for that.
+/// Sets the timer to the soonest thing there is to do. If there is nothing, a later turn stops it.
 fn set_timer(ctx: &Context) {
     let Some(next_ms) = with(|hall| hall.next_ms_to_set()) else { return };
     let now_ms = ctx.now_ms();
@@ -568,7 +578,9 @@ impl Listener for Pump {
             if clock_was_set {
                 hall.not_before_ms = i64::MIN;
                 hall.lines.touch_database(None);
-            } else if hall.next_ms().is_some() {
+            } else if hall.next_ms().is_some()
+                || now_ms < timer.set_ms.saturating_add(IDLE_TIMER_MS)
+            {
                 return None;
             }
             hall.timer.take()
