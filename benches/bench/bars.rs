@@ -74,12 +74,13 @@ pub fn bars(results: &Results) -> Vec<Bar> {
     let what = format!("our cost with {} held / with {}", number(1_000_000), number(1_000));
     bar(what, growth, AtMost(2.5));
 
-    let hand_off = |quantity| {
-        let of = |way: Way| results.median(&crowd_subject(1), quantity, &way.to_string());
-        of(Way::Module) / of(Way::Blpop)
-    };
-    bar("hand-off, median: ours / BLPOP's".into(), hand_off(Quantity::Median), AtMost(1.15));
-    bar("hand-off, p99: ours / BLPOP's".into(), hand_off(Quantity::P99), AtMost(1.15));
+    for floor in [Way::Blpop, Way::BlpopBeside] {
+        for (name, quantity) in [("median", Quantity::Median), ("p99", Quantity::P99)] {
+            let of = |way: Way| results.median(&crowd_subject(1), quantity, &way.to_string());
+            let ratio = of(Way::Module) / of(floor);
+            bar(format!("hand-off, {name}: ours / {floor}"), ratio, AtMost(1.15));
+        }
+    }
     let release =
         |waiters| results.median(&crowd_subject(waiters), Quantity::Cost, &Way::Module.to_string());
     let crowd = release(3_000) / release(50);

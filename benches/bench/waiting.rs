@@ -6,7 +6,7 @@
 //!   clock starts, everyone waits.
 //! - Who was served waits again, so the line keeps its length.
 //! - The other ways run on a server without the module, as they would: once somebody waits, the
-//!   module listens to every change of a key.
+//!   module listens to every change of a key. What that costs others is seen by a BLPOP beside it.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -35,6 +35,8 @@ pub enum Way {
     Module,
     /// The floor.
     Blpop,
+    /// The same on the module's server, while clients wait for its limiter.
+    BlpopBeside,
     /// Subscribers who all try the script when a release is published.
     PubSub,
     /// The script, every 10 ms.
@@ -42,7 +44,8 @@ pub enum Way {
 }
 
 impl Way {
-    pub const ALL: [Self; 4] = [Self::Module, Self::Blpop, Self::PubSub, Self::Polling];
+    pub const ALL: [Self; 5] =
+        [Self::Module, Self::Blpop, Self::BlpopBeside, Self::PubSub, Self::Polling];
 
     /// Polling is not among them: its release is a ZREM, whoever waits.
     pub const WITH_CROWDS: [Self; 3] = [Self::Module, Self::Blpop, Self::PubSub];
@@ -51,7 +54,7 @@ impl Way {
     fn key(self) -> &'static str {
         match self {
             Self::Module => "limiter",
-            Self::Blpop => "list",
+            Self::Blpop | Self::BlpopBeside => "list",
             Self::PubSub => "subscribers",
             Self::Polling => "polled",
         }
@@ -63,6 +66,7 @@ impl fmt::Display for Way {
         f.write_str(match self {
             Self::Module => "this module",
             Self::Blpop => "BLPOP and RPUSH",
+            Self::BlpopBeside => "BLPOP and RPUSH beside this module",
             Self::PubSub => "pub/sub and retry",
             Self::Polling => "polling every 10 ms",
         })
@@ -93,7 +97,7 @@ impl Waiting {
 
     fn server(&self, way: Way) -> &Server {
         match way {
-            Way::Module => &self.with_module,
+            Way::Module | Way::BlpopBeside => &self.with_module,
             Way::Blpop | Way::PubSub | Way::Polling => &self.bare,
         }
     }
@@ -103,15 +107,16 @@ impl Waiting {
         let server = self.server(way);
         let mut admin = server.client();
         admin.run(&["DEL", way.key()]);
+        let before: usize = admin.info("clients", "blocked_clients").parse().expect("a number");
         match way {
             Way::Module => {
                 let line = LimiterLine::new(server, waiters);
-                wait_for_blocked(&mut admin, waiters);
+                wait_for_blocked(&mut admin, before + waiters);
                 Box::new(line)
             }
-            Way::Blpop => {
+            Way::Blpop | Way::BlpopBeside => {
                 let line = ListLine::new(server, waiters);
-                wait_for_blocked(&mut admin, waiters);
+                wait_for_blocked(&mut admin, before + waiters);
                 Box::new(line)
             }
             Way::PubSub => Box::new(Subscribers::new(server, &self.acquire, waiters)),
