@@ -82,11 +82,13 @@ fn init(ctx: &Context, args: &[RedisString]) -> Status {
 }
 
 /// Refuses to go while ACL users' rules name our commands: Redis then stops with a failed assertion.
+/// Gives back what is remembered: statics are never dropped.
 fn deinit(ctx: &Context) -> Status {
     if ffi::acl_names(ctx, "limiter.") {
         ctx.log_warning("limiter: not unloaded: rules of ACL users name its commands");
         return Status::Err;
     }
+    waiters::reset();
     Status::Ok
 }
 
