@@ -61,6 +61,14 @@ test-servers: setup ## Run every test on each server that can be installed here
 bench: setup ## Measure the module beside the other ways (7 minutes; QUICK=1: one; ROUNDS=n)
 	ulimit -n "$$(ulimit -Hn)" && cargo bench --locked --bench bench
 
+memcheck: setup ## Run the tests with the servers under valgrind (for half an hour)
+	@scripts/setup --memcheck
+	@scripts/memcheck
+
+MINUTES ?= 5
+soak: setup ## Load a server, and see that nothing grows in it (MINUTES=5)
+	MINUTES=$(MINUTES) cargo test --locked --test soak -- --nocapture
+
 lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
@@ -74,4 +82,5 @@ clean: ## Remove what was built, downloaded and stored
 	rm -rf clients/python/.venv clients/python/build clients/python/*.egg-info \
 		clients/node/node_modules
 
-.PHONY: help setup build run top install dist test test-clients test-servers bench lint fmt clean
+.PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
+	lint fmt clean

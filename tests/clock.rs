@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use harness::{strings, wait_until, Server, AOF};
+use harness::{slowness, strings, wait_until, Server, AOF};
 use redis::Value;
 
 const ONE: Value = Value::Int(1);
@@ -122,12 +122,16 @@ fn in_a_script_time_only_runs_forward() {
     let script = "
         redis.call('LIMITER.ACQUIRE', KEYS[1], 'a', 1, 1000000)
         local least, most = 1e18, 0
-        for i = 1, 100000 do
+        for i = 1, ARGV[1] do
             local left = redis.call('LIMITER.HOLDERS', KEYS[1])[2]
             if left > least then return {left, least} end
             least = left
         end
         return 'forward'";
-    let reply = while_the_clock_runs_back(&server, || client.run(&["EVAL", script, "1", "p"]));
+    let reply = while_the_clock_runs_back(&server, || {
+        // For less than the 5 s after which it is taken for another script.
+        let looks = (100_000 / slowness()).to_string();
+        client.run(&["EVAL", script, "1", "p", &looks])
+    });
     assert_eq!(reply, Value::BulkString(b"forward".to_vec()));
 }

@@ -343,7 +343,7 @@ impl Follower {
         loop {
             let port = asks.or_else(|| self.found.get(prefix).copied());
             let port = port.unwrap_or_else(|| self.ports[fastrand::usize(..self.ports.len())]);
-            let connect = || Client::connect(port, harness::DEADLINE).expect("a connection");
+            let connect = || Client::connect(port, harness::deadline()).expect("a connection");
             let client = self.connections.entry(port).or_insert_with(connect);
             if asks.take().is_some() {
                 ok(client, "ASKING");
@@ -369,7 +369,7 @@ impl Follower {
                 }
                 _ => panic!("{args:?}: {error}"),
             }
-            assert!(waits || started.elapsed() < harness::DEADLINE, "{args:?}: {error}");
+            assert!(waits || started.elapsed() < harness::deadline(), "{args:?}: {error}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 mod harness;
 
-use harness::{error_text, ints, string, strings, wait_until, Server};
+use harness::{error_text, ints, short, string, strings, wait_until, Server};
 use redis::Value;
 
 #[test]
@@ -40,7 +40,7 @@ fn the_score_is_the_time_the_lease_lapses_rounded_up_to_the_millisecond() {
 fn a_lapsed_lease_frees_its_slot() {
     let server = Server::start();
     let mut client = server.client();
-    assert_eq!(client.int("LIMITER.ACQUIRE p short 1 0.05"), 1);
+    assert_eq!(client.int(&format!("LIMITER.ACQUIRE p short 1 {}", short(0.05))), 1);
     assert_eq!(client.int("LIMITER.ACQUIRE p next 1 45"), 0);
     wait_until("the slot is free", || client.int("LIMITER.ACQUIRE p next 1 45") == 1);
     let holders = client.strings("LIMITER.HOLDERS p");
@@ -137,7 +137,7 @@ fn withstate_tells_outcome_holders_and_the_time_until_a_slot_is_free() {
 fn the_hint_is_the_first_millisecond_at_which_a_slot_is_free() {
     let server = Server::start();
     let mut client = server.client();
-    for ttl in ["0.1", "0.15", "0.2"] {
+    for ttl in [0.1, 0.15, 0.2].map(short) {
         client.int(&format!("LIMITER.ACQUIRE p {ttl} 3 {ttl}"));
     }
     let second_to_lapse_ms = (client.members("p")[1].1 * 1000.0).round() as i64;

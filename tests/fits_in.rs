@@ -9,7 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use harness::{compile, module, server_program, string, strings, wait_until, Client, Server};
+use harness::{
+    compile, module, server_program, short, slowness, string, strings, wait_until, Client, Server,
+};
 use redis::Value;
 use tempfile::TempDir;
 
@@ -164,15 +166,15 @@ fn monitor_and_slowlog_show_what_clients_sent_and_a_wait_is_no_slow_time() {
     let (mut client, mut monitor) = (server.client(), server.client());
     client.int("LIMITER.ACQUIRE p a 1 45");
     monitor.call("MONITOR");
-    let wait_us = 300_000;
-    assert_eq!(client.int("LIMITER.BACQUIRE p b 1 45 0.3"), 0);
+    let (wait, wait_us) = (short(0.3), 300_000 * i64::from(slowness()));
+    assert_eq!(client.int(&format!("LIMITER.BACQUIRE p b 1 45 {wait}")), 0);
     client.call("PING end");
     let mut lines = Vec::new();
     while !lines.last().is_some_and(|line: &String| line.ends_with(r#""PING" "end""#)) {
         lines.push(string(&monitor.receive()));
     }
-    let shown = r#""LIMITER.BACQUIRE" "p" "b" "1" "45" "0.3""#;
-    assert!(lines[0].ends_with(shown), "{lines:?}");
+    let shown = format!(r#""LIMITER.BACQUIRE" "p" "b" "1" "45" "{wait}""#);
+    assert!(lines[0].ends_with(&shown), "{lines:?}");
     assert_eq!(lines.len(), 2, "once, and no inner workings: {lines:?}");
 
     let Value::Array(entries) = client.call("SLOWLOG GET") else { panic!("no entries") };
@@ -182,7 +184,7 @@ fn monitor_and_slowlog_show_what_clients_sent_and_a_wait_is_no_slow_time() {
     });
     let mut of_bacquire = entries.filter(|entry| strings(&entry[3])[0] == "LIMITER.BACQUIRE");
     let entry = of_bacquire.next().expect("an entry");
-    assert_eq!(strings(&entry[3]), ["LIMITER.BACQUIRE", "p", "b", "1", "45", "0.3"]);
+    assert_eq!(strings(&entry[3]), ["LIMITER.BACQUIRE", "p", "b", "1", "45", wait.as_str()]);
     let Value::Int(took_us) = entry[2] else { panic!("no time") };
     assert!(took_us < wait_us, "it took {took_us} us");
     let stats = client.info("commandstats", "cmdstat_limiter.bacquire");

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use harness::{Server, DEADLINE};
+use harness::{deadline, Server};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, RedisResult};
 
@@ -48,7 +48,7 @@ fn client(server: &Server) -> Client {
 
 /// Waits until so many clients wait in line, letting the other tasks go on.
 async fn until_in_line(server: &Server, count: usize) {
-    let give_up = Instant::now() + DEADLINE;
+    let give_up = Instant::now() + deadline();
     while server.blocked() != count {
         assert!(Instant::now() < give_up, "waited in vain until {count} clients wait");
         tokio::time::sleep(Duration::from_millis(1)).await; // Between two looks.

@@ -4,7 +4,7 @@
 
 mod harness;
 
-use harness::{error_text, module, wait_until, Client, Server, AOF};
+use harness::{error_text, module, short, wait_until, Client, Server, AOF};
 use redis::Value;
 
 const ONE: Value = Value::Int(1);
@@ -265,7 +265,7 @@ fn on_a_writable_replica_the_line_moves_too() {
     let server = Server::start_with(&writable);
     let mut client = server.client();
     wait_until("it follows", || client.info("replication", "master_link_status") == "up");
-    client.int("LIMITER.ACQUIRE p a 1 0.1");
+    client.int(&format!("LIMITER.ACQUIRE p a 1 {}", short(0.1)));
     let mut by_lapse = server.waiter("LIMITER.BACQUIRE p b 1 450 0");
     let mut by_del = server.waiter("LIMITER.BACQUIRE p c 1 450 0");
     assert_eq!(by_lapse.receive(), ONE);

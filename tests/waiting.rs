@@ -5,9 +5,9 @@
 mod harness;
 
 use std::ops::Deref;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use harness::{error_text, ints, strings, wait_until, Client, Server, AOF};
+use harness::{error_text, ints, short, slowness, strings, wait_until, Client, Server, AOF};
 use redis::Value;
 
 const ONE: Value = Value::Int(1);
@@ -203,7 +203,7 @@ fn a_newcomer_behind_a_line_that_is_served_to_its_end_takes_what_is_left() {
 fn a_lapse_moves_the_line_and_the_ttl_starts_at_the_grant() {
     let server = start();
     let mut client = server.client();
-    client.int("LIMITER.ACQUIRE p a 1 0.3");
+    client.int(&format!("LIMITER.ACQUIRE p a 1 {}", short(0.3)));
     let lapse_ms = (client.members("p")[0].1 * 1000.0).round() as i64;
     let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
     assert_eq!(waiter.receive(), ONE);
@@ -218,7 +218,7 @@ fn a_lapse_moves_the_line_and_the_ttl_starts_at_the_grant() {
 fn a_renewal_moves_the_lapse_that_is_waited_for() {
     let server = start();
     let mut client = server.client();
-    client.int("LIMITER.ACQUIRE p a 1 0.2");
+    client.int(&format!("LIMITER.ACQUIRE p a 1 {}", short(0.2)));
     let first_ms = (client.members("p")[0].1 * 1000.0).round() as i64;
     let mut waiter = server.waiter("LIMITER.BACQUIRE p b 1 45 0");
     assert_eq!(client.int("LIMITER.RENEW p a 45"), 1, "longer");
@@ -369,7 +369,8 @@ fn a_wait_times_out_in_time_and_leaves_nothing() {
     assert_eq!(client.int("LIMITER.BACQUIRE p b 1 45 0.2"), 0);
     let waited = started.elapsed();
     // The server counts whole milliseconds of its clock.
-    assert!(waited.as_millis() >= 199 && waited.as_millis() < 2_000, "{waited:?}");
+    assert!(waited.as_millis() >= 199, "{waited:?}");
+    assert!(waited < Duration::from_secs(2) * slowness(), "{waited:?}");
     assert_eq!(client.int("LIMITER.COUNT p"), 1);
     client.int("LIMITER.RELEASE p a");
     assert_eq!(client.int("LIMITER.COUNT p"), 0, "the one that timed out got nothing");

@@ -7,8 +7,13 @@
 //! - Nothing waits for a time to pass, only for a condition, with a deadline ([`wait_until`]).
 //! - A server is killed and reaped when dropped. If the test failed or the server died by itself,
 //!   its log is printed.
+//! - `$SERVER_RUNNER`, if set, is a command that the server is run by, such as valgrind with its
+//!   options. Since that makes it slow, times are longer then ([`slowness`]); and since it has its
+//!   say when the server ends, the server is asked to end before it is killed.
 
 #![allow(dead_code)] // Each test binary uses its own part of this.
+
+pub mod mix;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,12 +29,29 @@ use std::time::{Duration, Instant};
 use redis::{Parser, Value};
 use tempfile::TempDir;
 
+/// How many times longer things take than usual.
+pub fn slowness() -> u32 {
+    if runner().is_empty() {
+        1
+    } else {
+        10
+    }
+}
+
 /// How long anything may take before a test gives it up.
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub fn deadline() -> Duration {
+    Duration::from_secs(20) * slowness()
+}
+
+/// A time in which a test gets a few commands done and then has to wait for, in seconds: as a
+/// command takes it.
+pub fn short(seconds: f64) -> String {
+    (seconds * f64::from(slowness())).to_string()
+}
 
 /// Waits until `condition` holds; fails the test, saying `what`, if it does not in time.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let give_up = Instant::now() + DEADLINE;
+    let give_up = Instant::now() + deadline();
     while !condition() {
         assert!(Instant::now() < give_up, "waited in vain until {what}");
         thread::sleep(Duration::from_millis(1)); // Between two looks, not instead of them.
@@ -69,6 +91,15 @@ pub fn compile(source: &str, library: &Path) {
 /// The server program that is tested.
 pub fn server_program() -> PathBuf {
     std::env::var_os("REDIS_SERVER").map_or_else(|| "redis-server".into(), PathBuf::from)
+}
+
+/// The command that the server is run by, in words; none if it runs by itself.
+fn runner() -> &'static [String] {
+    static RUNNER: OnceLock<Vec<String>> = OnceLock::new();
+    RUNNER.get_or_init(|| {
+        let runner = std::env::var("SERVER_RUNNER").unwrap_or_default();
+        runner.split_whitespace().map(String::from).collect()
+    })
 }
 
 /// A running server.
@@ -263,6 +294,20 @@ impl Server {
         assert!(status.success(), "kill {name}");
     }
 
+    /// Asks it to end, and waits until it has. Whether it did.
+    fn end(&mut self) -> bool {
+        let pid = self.process.id().to_string();
+        let give_up = Instant::now() + deadline();
+        while self.is_running() && Instant::now() < give_up {
+            // More than once: it refuses while it writes a new AOF. First -TERM: it may be frozen.
+            for signal in ["-TERM", "-CONT"] {
+                let _ = Command::new("kill").args([signal, &pid]).stderr(Stdio::null()).status();
+            }
+            thread::sleep(Duration::from_millis(100)); // Between two looks, not instead of them.
+        }
+        !self.is_running()
+    }
+
     /// Sets the server's system clock to so many milliseconds from the real time.
     pub fn set_clock(&self, offset_ms: i64) {
         let clock = self.clock.as_ref().expect("a server started with a clock");
@@ -335,11 +380,13 @@ impl Clock {
 impl Drop for Server {
     fn drop(&mut self) {
         let died = !self.is_running();
+        let hangs = !died && !runner().is_empty() && !self.end();
         let _ = self.process.kill();
         let _ = self.process.wait();
-        if thread::panicking() || died {
+        if thread::panicking() || died || hangs {
             eprintln!("--- log of the server on port {} ---\n{}", self.port, self.log());
         }
+        assert!(!hangs || thread::panicking(), "the server does not end");
     }
 }
 
@@ -360,7 +407,15 @@ fn spawn(folder: &TempDir, port: u16, options: &[String], clock: Option<&Clock>)
     // A configuration file comes first, or not at all.
     let has_file = options.first().is_some_and(|option| !option.starts_with("--"));
     let (file, options) = options.split_at(usize::from(has_file));
-    let mut command = Command::new(server_program());
+    let program = server_program();
+    let mut command = match runner() {
+        [] => Command::new(program),
+        [runner, options @ ..] => {
+            let mut command = Command::new(runner);
+            command.args(options).arg(program);
+            command
+        }
+    };
     if let Some(clock) = clock {
         command.env("LD_PRELOAD", &clock.library).env("TEST_CLOCK", &clock.file);
     }
@@ -398,7 +453,7 @@ impl Client {
 
     fn over(stream: TcpStream) -> Self {
         stream.set_nodelay(true).expect("TCP_NODELAY");
-        stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+        stream.set_read_timeout(Some(deadline())).expect("a time-out");
         Self { stream, parser: Parser::new() }
     }
 
@@ -494,7 +549,7 @@ impl Client {
     pub fn has_reply(&mut self) -> bool {
         self.stream.set_read_timeout(Some(Duration::from_millis(30))).expect("a time-out");
         let there = self.stream.peek(&mut [0]).is_ok_and(|bytes| bytes > 0);
-        self.stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+        self.stream.set_read_timeout(Some(deadline())).expect("a time-out");
         there
     }
 
