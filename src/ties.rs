@@ -97,16 +97,11 @@ impl Ties {
         id
     }
 
-    /// One more waiter was granted the lease: it shares the tie, if nobody was told yet that the
-    /// lease is theirs; else the tie is cut.
-    pub fn share_or_cut(
-        &mut self,
-        db: i32,
-        prefix: &[u8],
-        key: &[u8],
-        waiter: Owner,
-    ) -> Option<TieId> {
-        let id = self.find(db, prefix, key)?;
+    /// One more waiter was granted the lease, which was moved to its end: it shares the tie, if
+    /// nobody was told yet that the lease is theirs; else the tie is cut.
+    pub fn share_or_cut(&mut self, lease: &Lease, waiter: Owner) -> Option<TieId> {
+        let Lease { db, prefix, key, lapse_ms } = lease;
+        let id = self.find(*db, prefix, key)?;
         let tie = self.ties.get_mut(&id)?;
         if tie.owners.iter().any(|owner| matches!(owner, Owner::Connection(_))) {
             self.remove(id);
@@ -115,6 +110,7 @@ impl Ties {
         self.lost.remove(&(tie.take_back_ms, id));
         tie.owners.push(waiter);
         self.by_owner.insert((waiter, id));
+        self.renewed(*db, prefix, key, *lapse_ms);
         Some(id)
     }
 
@@ -336,9 +332,7 @@ mod tests {
     #[test]
     fn a_lease_granted_to_two_waiters_is_lost_with_the_last_of_them() {
         let (mut ties, key) = (Ties::default(), lease(0, 1, 100));
-        let share = |ties: &mut Ties, waiter| {
-            ties.share_or_cut(0, &key.prefix, &key.key, Owner::Waiter(waiter))
-        };
+        let share = |ties: &mut Ties, waiter| ties.share_or_cut(&key, Owner::Waiter(waiter));
         let id = ties.tie(key.clone(), Owner::Waiter(1), 0);
         assert_eq!(share(&mut ties, 2), Some(id));
         assert!(!ties.owner_left(Owner::Waiter(1)));
@@ -347,6 +341,18 @@ mod tests {
         assert_eq!(ties.next_lost_ms(), None);
         ties.hand_over(id, Owner::Waiter(3), ME);
         assert_eq!(share(&mut ties, 4), None, "somebody was told that it is theirs");
+        assert!(is_empty(&ties));
+    }
+
+    #[test]
+    fn a_lease_that_is_shared_ends_when_it_was_last_moved_to() {
+        let mut ties = Ties::default();
+        let (first, second) = (Owner::Waiter(1), Owner::Waiter(2));
+        ties.tie(lease(0, 1, 100), first, 0);
+        ties.share_or_cut(&lease(0, 1, 200), second);
+        ties.owner_left(first);
+        ties.owner_left(second);
+        assert_eq!(lost(&mut ties), [lease(0, 1, 200)]);
         assert!(is_empty(&ties));
     }
 

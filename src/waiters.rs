@@ -812,7 +812,7 @@ impl Hall {
             Some(self.ties.tie(lease, owner, now_ms))
         } else {
             // Only refreshed: a lease that somebody has held before is not the waiter's to lose.
-            self.ties.share_or_cut(db, &lease.prefix, &lease.key, owner)
+            self.ties.share_or_cut(&lease, owner)
         };
         self.lines.answered(id);
         self.decide(id, waiter, Answer::Granted, tie, now_ms);
