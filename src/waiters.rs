@@ -543,13 +543,9 @@ impl Listener for Pump {
     fn disconnected(ctx: &Context, connection: u64) {
         // Closed in the turn of its reply: because that could not be written, or after it was, as
         // with a QUIT in the same pipeline?
-        let unproven = with(|hall| hall.unproven.iter().any(|(other, _)| *other == connection));
-        if unproven && ctx.closes_after_replies(connection) {
-            with(|hall| {
-                let (ties, unproven) = (&mut hall.ties, &hall.unproven);
-                let its = unproven.iter().filter(|(other, _)| *other == connection);
-                its.for_each(|(_, tie)| ties.cut_unless_lost(*tie));
-            });
+        let unproven = with(|hall| hall.take_unproven(connection));
+        if !unproven.is_empty() && ctx.closes_after_replies(connection) {
+            with(|hall| unproven.iter().for_each(|tie| hall.ties.cut_unless_lost(*tie)));
         }
         if with(|hall| hall.ties.owner_left(Owner::Connection(connection))) {
             set_timer(ctx);
@@ -762,6 +758,15 @@ impl Hall {
     fn next_ms_to_set(&self) -> Option<i64> {
         // While it rings it must not be stopped, and is set at the end.
         self.next_ms().filter(|_| !self.rings)
+    }
+
+    /// The ties of leases whose holder was replied in this turn on this connection. They are the
+    /// caller's to decide.
+    fn take_unproven(&mut self, connection: u64) -> Vec<TieId> {
+        let is_its = |(other, _): &(u64, TieId)| *other == connection;
+        let its = self.unproven.iter().filter(|one| is_its(one)).map(|(_, tie)| *tie).collect();
+        self.unproven.retain(|one| !is_its(one));
+        its
     }
 
     /// A waiter has left its line, after so long; counts it.
