@@ -189,6 +189,16 @@ impl Ties {
         }
     }
 
+    /// What could not be taken back before some time is to be tried at once.
+    pub fn hurry(&mut self) {
+        let lost = std::mem::take(&mut self.lost);
+        for (_, id) in lost {
+            let Some(tie) = self.ties.get_mut(&id) else { continue };
+            tie.take_back_ms = i64::MIN;
+            self.lost.insert((i64::MIN, id));
+        }
+    }
+
     /// Gives up all that is to be taken back.
     pub fn forget_lost(&mut self) {
         while let Some((_, id)) = self.lost.pop_first() {
@@ -369,6 +379,8 @@ mod tests {
         ties.cut_tie(second);
         assert_eq!((ties.next_lost(49), ties.next_lost_ms()), (None, Some(50)));
         assert_eq!(ties.next_lost(50).unwrap().0, first);
+        ties.hurry();
+        assert_eq!(ties.next_lost(0).unwrap().0, first);
         ties.forget_lost();
         assert!(is_empty(&ties));
     }

@@ -558,13 +558,20 @@ impl Listener for Pump {
             for (_, tie) in std::mem::take(&mut hall.unproven) {
                 hall.ties.cut_unless_lost(tie);
             }
+            let has_nothing_to_do = hall.next_ms().is_none();
+            if has_nothing_to_do {
+                // Refused or not, the pump need not come back; and when it must, that time may be
+                // far away, by a clock that was set back.
+                hall.not_before_ms = i64::MIN;
+            }
             let timer = hall.timer.as_ref()?;
             let late_ms = now_ms.saturating_sub(timer.rings_ms);
             let clock_was_set = now_ms < timer.set_ms || late_ms > CLOCK_STEP_MS;
             if clock_was_set {
                 hall.not_before_ms = i64::MIN;
                 hall.lines.touch_database(None);
-            } else if hall.next_ms().is_some() {
+                hall.ties.hurry();
+            } else if !has_nothing_to_do {
                 return None;
             }
             hall.timer.take()
