@@ -61,6 +61,12 @@ test-servers: setup ## Run every test on each server that can be installed here
 bench: setup ## Measure the module beside the other ways (7 minutes; QUICK=1: one; ROUNDS=n)
 	ulimit -n "$$(ulimit -Hn)" && cargo bench --locked --bench bench
 
+# Without link-time optimization, which takes longer than it saves here.
+explore: setup ## Model check of the line, deeper than in `make test` (SECS=60 a scene, WALKS=100000)
+	EXPLORE_SECONDS=$(or $(SECS),60) EXPLORE_WALKS=$(or $(WALKS),100000) \
+	  CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+	  cargo test --locked --release --lib simulation -- --nocapture
+
 lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
@@ -74,4 +80,5 @@ clean: ## Remove what was built, downloaded and stored
 	rm -rf clients/python/.venv clients/python/build clients/python/*.egg-info \
 		clients/node/node_modules
 
-.PHONY: help setup build run top install dist test test-clients test-servers bench lint fmt clean
+.PHONY: help setup build run top install dist test test-clients test-servers bench explore lint \
+	fmt clean

@@ -21,6 +21,7 @@ const LONGEST_PREFIX: usize = 256;
 
 /// What is remembered of many limiters, by database and prefix.
 #[derive(Default)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Records {
     by_limiter: BTreeMap<i32, HashMap<Box<[u8]>, Record>>,
     len: usize,
@@ -121,6 +122,19 @@ impl Records {
         if self.len > CAPACITY / 2 {
             self.by_limiter.clear();
             self.len = 0;
+        }
+    }
+}
+
+/// The model check tells states apart by their hash. What is counted changes nothing, and facts
+/// that are too old are as good as none.
+#[cfg(test)]
+impl std::hash::Hash for Records {
+    fn hash<H: std::hash::Hasher>(&self, hasher: &mut H) {
+        let Self { by_limiter, len: _, totals: _, age: _ } = self;
+        for (db, records) in by_limiter {
+            let facts = records.keys().map(|prefix| (prefix, self.facts(*db, prefix)));
+            (db, facts.collect::<BTreeMap<_, _>>()).hash(hasher);
         }
     }
 }

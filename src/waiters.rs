@@ -25,11 +25,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use lazy_static::lazy_static;
 
-use crate::counters::Counters;
-use crate::ffi::{
+// Not `crate::ffi`: in `simulation` this file is compiled once more, beside another server.
+use super::ffi::{
     listen_for_waiters, listen_for_writes, BlockedClient, Blocking, Context, Listener, NotOpened,
     OwnedStr, Permit, SortedSet, Str, Timer,
 };
+use crate::counters::Counters;
 use crate::limiter::{self, Leases, Limiter, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
 use crate::records::Records;
@@ -52,7 +53,7 @@ const CLOCK_STEP_MS: i64 = 100;
 const WORK_A_TURN: usize = 200;
 
 /// How long a lease may last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub enum Until {
     /// Until it lapses.
     Lapse,
@@ -95,7 +96,7 @@ pub enum Turn {
 }
 
 /// How a wait ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub enum Answer {
     /// The key holds a lease.
     Granted,
@@ -705,6 +706,7 @@ fn with<R>(work: impl FnOnce(&mut Hall) -> R) -> R {
 
 /// All there is to remember.
 #[derive(Default)]
+#[cfg_attr(test, derive(Clone, Hash))]
 struct Hall {
     lines: Lines<Waiter>,
     ties: Ties,
@@ -725,6 +727,7 @@ struct Hall {
 }
 
 /// The timer that runs.
+#[cfg_attr(test, derive(Clone, Hash))]
 struct SetTimer {
     timer: Timer,
     set_ms: i64,
@@ -733,6 +736,7 @@ struct SetTimer {
 
 /// Somebody in a line.
 #[derive(Clone)]
+#[cfg_attr(test, derive(Hash))]
 struct Waiter {
     client: BlockedClient,
     connection: u64,
@@ -746,6 +750,7 @@ struct Waiter {
 }
 
 /// What will be replied.
+#[cfg_attr(test, derive(Clone, Hash))]
 struct Decided {
     client: BlockedClient,
     connection: u64,
@@ -828,5 +833,53 @@ impl Hall {
         };
         self.lines.answered(id);
         self.decide(id, waiter, Answer::Granted, tie, now_ms);
+    }
+}
+
+/// What the model check looks at, in `simulation`, where this file is compiled once more.
+#[cfg(test)]
+#[allow(dead_code)]
+pub mod inspect {
+    use super::{with, Hall, HALL};
+    use crate::limiter::Facts;
+
+    /// All there is to remember, at one moment.
+    #[derive(Clone, Hash)]
+    pub struct State(Hall);
+
+    impl State {
+        pub fn now() -> Self {
+            with(|hall| Self(hall.clone()))
+        }
+
+        pub fn put_back(&self) {
+            with(|hall| hall.clone_from(&self.0));
+        }
+    }
+
+    pub fn is_locked() -> bool {
+        HALL.try_lock().is_err()
+    }
+
+    /// Whether something is to be done, now or later.
+    pub fn is_due() -> bool {
+        with(|hall| hall.next_ms().is_some())
+    }
+
+    /// Whether nobody waits, nothing is tied, and nothing is to be done.
+    pub fn is_empty() -> bool {
+        with(|hall| {
+            hall.lines.totals() == (0, 0)
+                && hall.next_ms().is_none()
+                && hall.ties.is_empty()
+                && hall.waiters.is_empty()
+                && hall.decided.is_empty()
+                && hall.unproven.is_empty()
+                && hall.timer.is_none()
+        })
+    }
+
+    pub fn facts(db: i32, prefix: &[u8]) -> Facts {
+        with(|hall| hall.records.facts(db, prefix))
     }
 }
