@@ -69,6 +69,12 @@ MINUTES ?= 5
 soak: setup ## Load a server, and see that nothing grows in it (MINUTES=5)
 	MINUTES=$(MINUTES) cargo test --locked --test soak -- --nocapture
 
+# Without link-time optimization, which takes longer than it saves here.
+explore: setup ## Model check of the line, deeper than in `make test` (SECS=60 a scene, WALKS=100000)
+	EXPLORE_SECONDS=$(or $(SECS),60) EXPLORE_WALKS=$(or $(WALKS),100000) \
+	  CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+	  cargo test --locked --release --lib simulation -- --nocapture
+
 lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
@@ -83,4 +89,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	lint fmt clean
+	explore lint fmt clean

@@ -27,6 +27,7 @@
 //! | `queue` | first come, first served lines, pure | std only |
 //! | `ties` | leases that end when their owner goes, pure | std only |
 //! | `ffi` | the border to the server, the only `unsafe` | the server, `limiter`'s trait |
+//! | `simulation` | tests: `waiters` and what it uses, model-checked | a server of its own in place of `ffi` |
 
 #![deny(unsafe_code)]
 #![cfg_attr(
@@ -47,6 +48,8 @@ mod ffi;
 mod limiter;
 mod queue;
 mod records;
+#[cfg(test)]
+mod simulation;
 mod ties;
 mod waiters;
 

@@ -93,7 +93,7 @@ pub enum Put {
 }
 
 /// What [`Leases::put`] found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub enum Found {
     /// The key was not there and was added.
     Added,
@@ -181,7 +181,7 @@ pub fn next_free(live: u64, limit: u64) -> NextFree {
 }
 
 /// What is known of a set without a look at it, as long as nobody else has written to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub struct Facts {
     /// No lease in the set lapses before this time.
     pub none_lapses_before_ms: i64,
@@ -190,7 +190,7 @@ pub struct Facts {
 }
 
 /// What is known of a set's own expiry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub enum Expiry {
     /// Nothing.
     Unknown,

@@ -25,11 +25,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use lazy_static::lazy_static;
 
-use crate::counters::Counters;
-use crate::ffi::{
+// Not `crate::ffi`: in `simulation` this file is compiled once more, beside another server.
+use super::ffi::{
     listen_for_waiters, listen_for_writes, BlockedClient, Blocking, Context, Listener, NotOpened,
     OwnedStr, Permit, SortedSet, Str, Timer,
 };
+use crate::counters::Counters;
 use crate::limiter::{self, Leases, Limiter, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
 use crate::records::{Place, Records};
@@ -43,10 +44,6 @@ const REFUSED_RETRY_MS: i64 = 10;
 /// slot go without a word.
 const CLUSTER_PROBE_MS: i64 = 500;
 
-/// How long a timer runs on that nobody needs: where clients wait again and again, the next wait
-/// needs it again.
-const IDLE_TIMER_MS: i64 = 100;
-
 /// How much later than it should the timer may ring. More means that the system's clock was set.
 /// The server starts its timers by that clock and ends them by another, so such a timer would ring
 /// as much too late as the clock was moved, in either direction.
@@ -56,7 +53,7 @@ const CLOCK_STEP_MS: i64 = 100;
 const WORK_A_TURN: usize = 200;
 
 /// How long a lease may last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub enum Until {
     /// Until it lapses.
     Lapse,
@@ -99,7 +96,7 @@ pub enum Turn {
 }
 
 /// How a wait ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 pub enum Answer {
     /// The key holds a lease.
     Granted,
@@ -474,7 +471,8 @@ fn dismiss(line: LineId, answer: Answer, now_ms: i64) {
     }
 }
 
-/// Sets the timer to the soonest thing there is to do. If there is nothing, a later turn stops it.
+/// Sets the timer to the soonest thing there is to do. If there is nothing, it is stopped at the
+/// next turn: a waiter's reply need not wait for that.
 fn set_timer(ctx: &Context) {
     let Some(next_ms) = with(|hall| hall.next_ms_to_set()) else { return };
     let now_ms = ctx.now_ms();
@@ -553,13 +551,9 @@ impl Listener for Pump {
     fn disconnected(ctx: &Context, connection: u64) {
         // Closed in the turn of its reply: because that could not be written, or after it was, as
         // with a QUIT in the same pipeline?
-        let unproven = with(|hall| hall.unproven.iter().any(|(other, _)| *other == connection));
-        if unproven && ctx.closes_after_replies(connection) {
-            with(|hall| {
-                let (ties, unproven) = (&mut hall.ties, &hall.unproven);
-                let its = unproven.iter().filter(|(other, _)| *other == connection);
-                its.for_each(|(_, tie)| ties.cut_unless_lost(*tie));
-            });
+        let unproven = with(|hall| hall.take_unproven(connection));
+        if !unproven.is_empty() && ctx.closes_after_replies(connection) {
+            with(|hall| unproven.iter().for_each(|tie| hall.ties.cut_unless_lost(*tie)));
         }
         if with(|hall| hall.ties.owner_left(Owner::Connection(connection))) {
             set_timer(ctx);
@@ -572,15 +566,20 @@ impl Listener for Pump {
             for (_, tie) in std::mem::take(&mut hall.unproven) {
                 hall.ties.cut_unless_lost(tie);
             }
+            let has_nothing_to_do = hall.next_ms().is_none();
+            if has_nothing_to_do {
+                // Refused or not, the pump need not come back; and when it must, that time may be
+                // far away, by a clock that was set back.
+                hall.not_before_ms = i64::MIN;
+            }
             let timer = hall.timer.as_ref()?;
             let late_ms = now_ms.saturating_sub(timer.rings_ms);
             let clock_was_set = now_ms < timer.set_ms || late_ms > CLOCK_STEP_MS;
             if clock_was_set {
                 hall.not_before_ms = i64::MIN;
                 hall.lines.touch_database(None);
-            } else if hall.next_ms().is_some()
-                || now_ms < timer.set_ms.saturating_add(IDLE_TIMER_MS)
-            {
+                hall.ties.hurry();
+            } else if !has_nothing_to_do {
                 return None;
             }
             hall.timer.take()
@@ -714,6 +713,7 @@ fn with<R>(work: impl FnOnce(&mut Hall) -> R) -> R {
 
 /// All there is to remember.
 #[derive(Default)]
+#[cfg_attr(test, derive(Clone, Hash))]
 struct Hall {
     lines: Lines<Waiter>,
     ties: Ties,
@@ -734,6 +734,7 @@ struct Hall {
 }
 
 /// The timer that runs.
+#[cfg_attr(test, derive(Clone, Hash))]
 struct SetTimer {
     timer: Timer,
     set_ms: i64,
@@ -742,6 +743,7 @@ struct SetTimer {
 
 /// Somebody in a line.
 #[derive(Clone)]
+#[cfg_attr(test, derive(Hash))]
 struct Waiter {
     client: BlockedClient,
     connection: u64,
@@ -755,6 +757,7 @@ struct Waiter {
 }
 
 /// What will be replied.
+#[cfg_attr(test, derive(Clone, Hash))]
 struct Decided {
     client: BlockedClient,
     connection: u64,
@@ -774,6 +777,15 @@ impl Hall {
     fn next_ms_to_set(&self) -> Option<i64> {
         // While it rings it must not be stopped, and is set at the end.
         self.next_ms().filter(|_| !self.rings)
+    }
+
+    /// The ties of leases whose holder was replied in this turn on this connection. They are the
+    /// caller's to decide.
+    fn take_unproven(&mut self, connection: u64) -> Vec<TieId> {
+        let is_its = |(other, _): &(u64, TieId)| *other == connection;
+        let its = self.unproven.iter().filter(|one| is_its(one)).map(|(_, tie)| *tie).collect();
+        self.unproven.retain(|one| !is_its(one));
+        its
     }
 
     /// A waiter has left its line, after so long; counts it.
@@ -824,9 +836,57 @@ impl Hall {
             Some(self.ties.tie(lease, owner, now_ms))
         } else {
             // Only refreshed: a lease that somebody has held before is not the waiter's to lose.
-            self.ties.share_or_cut(db, &lease.prefix, &lease.key, owner)
+            self.ties.share_or_cut(&lease, owner)
         };
         self.lines.answered(id);
         self.decide(id, waiter, Answer::Granted, tie, now_ms);
+    }
+}
+
+/// What the model check looks at, in `simulation`, where this file is compiled once more.
+#[cfg(test)]
+#[allow(dead_code)]
+pub mod inspect {
+    use super::{with, Hall, HALL};
+    use crate::limiter::Facts;
+
+    /// All there is to remember, at one moment.
+    #[derive(Clone, Hash)]
+    pub struct State(Hall);
+
+    impl State {
+        pub fn now() -> Self {
+            with(|hall| Self(hall.clone()))
+        }
+
+        pub fn put_back(&self) {
+            with(|hall| hall.clone_from(&self.0));
+        }
+    }
+
+    pub fn is_locked() -> bool {
+        HALL.try_lock().is_err()
+    }
+
+    /// Whether something is to be done, now or later.
+    pub fn is_due() -> bool {
+        with(|hall| hall.next_ms().is_some())
+    }
+
+    /// Whether nobody waits, nothing is tied, and nothing is to be done.
+    pub fn is_empty() -> bool {
+        with(|hall| {
+            hall.lines.totals() == (0, 0)
+                && hall.next_ms().is_none()
+                && hall.ties.is_empty()
+                && hall.waiters.is_empty()
+                && hall.decided.is_empty()
+                && hall.unproven.is_empty()
+                && hall.timer.is_none()
+        })
+    }
+
+    pub fn facts(db: i32, prefix: &[u8]) -> Facts {
+        with(|hall| hall.records.look_up(db, prefix).1)
     }
 }

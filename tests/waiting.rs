@@ -562,7 +562,8 @@ fn two_waiters_with_one_key_that_both_go_leave_no_lease() {
             .map(|waiting| {
                 let mut twin = server.client();
                 ids.push(twin.id());
-                twin.send(&["LIMITER.BACQUIRE", "p", "twin", "1", "450", "0"]);
+                let ttl = (450 + waiting).to_string(); // The last grant moves its end.
+                twin.send(&["LIMITER.BACQUIRE", "p", "twin", "1", &ttl, "0"]);
                 wait_until("it waits", || server.blocked() == waiting);
                 twin
             })

@@ -31,7 +31,7 @@ pub trait Blocking {
 }
 
 /// A blocked client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BlockedClient(usize);
 
 impl BlockedClient {

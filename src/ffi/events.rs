@@ -80,6 +80,7 @@ pub(super) fn anybody_listens() -> bool {
 
 /// A timer that runs.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, Hash))]
 pub struct Timer(u64);
 
 impl Timer {
