@@ -73,6 +73,9 @@ lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
 
+deny: setup ## Check licences, sources and known vulnerabilities of the dependencies
+	@scripts/deny
+
 fmt: ## Format the code
 	cargo fmt
 
@@ -83,4 +86,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	lint fmt clean
+	lint deny fmt clean
