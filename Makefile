@@ -76,6 +76,9 @@ lint: setup ## Check format and clippy, warnings as errors
 deny: setup ## Check licences, sources and known vulnerabilities of the dependencies
 	@scripts/deny
 
+mutants: setup ## Change the pure rules, one place at a time: a unit test must fail for each
+	@scripts/mutants
+
 fmt: ## Format the code
 	cargo fmt
 
@@ -86,4 +89,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	lint deny fmt clean
+	lint deny mutants fmt clean
