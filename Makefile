@@ -79,6 +79,10 @@ deny: setup ## Check licences, sources and known vulnerabilities of the dependen
 mutants: setup ## Change the pure rules, one place at a time: a unit test must fail for each
 	@scripts/mutants
 
+variants: setup ## Break the module, one way at a time: a test must fail (VARIANT=word: some)
+	ulimit -n "$$(ulimit -Hn)" && \
+	  cargo test --locked --test variants -- --ignored --nocapture --test-threads 1
+
 fmt: ## Format the code
 	cargo fmt
 
@@ -89,4 +93,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	lint deny mutants fmt clean
+	lint deny mutants variants fmt clean
