@@ -79,6 +79,16 @@ lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
 
+deny: setup ## Check licences, sources and known vulnerabilities of the dependencies
+	@scripts/deny
+
+mutants: setup ## Change the pure rules, one place at a time: a unit test must fail for each
+	@scripts/mutants
+
+variants: setup ## Break the module, one way at a time: a test must fail (VARIANT=word: some)
+	ulimit -n "$$(ulimit -Hn)" && \
+	  cargo test --locked --test variants -- --ignored --nocapture --test-threads 1
+
 fmt: ## Format the code
 	cargo fmt
 
@@ -89,4 +99,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	explore lint fmt clean
+	explore lint deny mutants variants fmt clean

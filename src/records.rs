@@ -241,8 +241,8 @@ mod tests {
         assert!(records.records.len() <= CAPACITY);
         for number in 0..CAPACITY * 3 {
             records.note(None, 1, number.to_string().as_bytes(), &ONE, SOME);
+            assert!(records.records.len() <= CAPACITY);
         }
-        assert!(records.records.len() <= CAPACITY);
         assert_eq!(records.totals().acquired as usize, CAPACITY * 9 + 1);
     }
 
@@ -265,5 +265,24 @@ mod tests {
         assert_eq!(records.counters(0, b"a").acquired, 3);
         assert_eq!(facts(&records, 0, b"a"), SOME);
         assert_eq!(records.totals().acquired as usize, CAPACITY + 3);
+    }
+
+    #[test]
+    fn records_go_only_when_there_is_no_room_and_all_if_few_are_empty() {
+        for (held, stay) in [(CAPACITY / 2, true), (CAPACITY / 2 + 1, false)] {
+            let mut records = Records::default();
+            for number in 0..CAPACITY {
+                let facts = if number < held { SOME } else { Facts::EMPTY };
+                records.note(None, 0, number.to_string().as_bytes(), &ONE, facts);
+            }
+            let counted = |records: &Records, number: usize| {
+                records.counters(0, number.to_string().as_bytes()) == ONE
+            };
+            assert!((0..CAPACITY).all(|number| counted(&records, number)), "there is room");
+            records.note(None, 1, b"one more", &ONE, SOME);
+            assert!((0..held).all(|number| counted(&records, number) == stay));
+            assert!((held..CAPACITY).all(|number| !counted(&records, number)));
+            assert_eq!(records.counters(1, b"one more"), ONE);
+        }
     }
 }

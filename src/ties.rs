@@ -303,6 +303,7 @@ mod tests {
             ties.cut_tie(id);
             Some(lease)
         })
+        .take(1_000) // More than any test ties: what is cut does not come again.
         .collect()
     }
 
@@ -416,6 +417,20 @@ mod tests {
         assert!(is_empty(&ties));
     }
 
+    #[test]
+    fn a_swap_leaves_the_leases_of_other_databases_where_they_are() {
+        let mut ties = Ties::default();
+        for db in 0..3 {
+            ties.tie(lease(db, 1, 100 + i64::from(db)), ME, 0);
+        }
+        ties.swap_databases(0, 1);
+        ties.owner_left(ME);
+        let ends: Vec<(i32, i64)> =
+            lost(&mut ties).iter().map(|lease| (lease.db, lease.lapse_ms)).collect();
+        assert_eq!(ends, [(1, 100), (0, 101), (2, 102)]);
+        assert!(is_empty(&ties));
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Tie { key: u8, owner: u64, ttl_ms: i64 },
@@ -506,6 +521,8 @@ mod tests {
                     Step::TimePasses { ms } => now_ms += ms,
                 }
                 prop_assert_eq!(ties.is_empty(), model.is_empty());
+                let tied = model.iter().filter(|(_, of)| of.is_some()).count();
+                prop_assert_eq!(ties.to_connections(), tied);
             }
             (0..3).for_each(|owner| {
                 ties.owner_left(Owner::Connection(owner));

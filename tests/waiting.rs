@@ -799,3 +799,56 @@ fn five_thousand_waiters_leave_at_once() {
     assert_eq!(client.call("FLUSHALL"), Value::Okay);
     assert!(memory(&mut client) < before, "their memory came back");
 }
+
+/// `work` makes so many clients wait for the slot of `p` that `a` holds; what is kept of them goes.
+fn check_that_nothing_is_kept(count: usize, work: impl Fn(&Server, &mut Client, usize)) {
+    let server = Server::start();
+    let mut client = server.client();
+    let number = |client: &mut Client, section: &str, field: &str| -> i64 {
+        client.info(section, field).parse().unwrap()
+    };
+    client.int("LIMITER.ACQUIRE p a 1 450");
+    work(&server, &mut client, count / 10);
+    let waits = number(&mut client, "limiter", "limiter_waits");
+    let memory = number(&mut client, "memory", "used_memory");
+    work(&server, &mut client, count);
+    let waited = number(&mut client, "limiter", "limiter_waits") - waits;
+    assert!(waited > count as i64 * 9 / 10, "{waited} of {count} waited");
+    // Some 30 bytes for each would be too much.
+    let bound = memory + 30 * count as i64;
+    wait_until("their memory is back", || number(&mut client, "memory", "used_memory") < bound);
+}
+
+#[test]
+fn what_is_kept_of_a_wait_goes_with_it() {
+    check_that_nothing_is_kept(8_000, |server, client, count| {
+        let mut waiter = server.client();
+        for _ in 0..count {
+            waiter.send(&["LIMITER.BACQUIRE", "p", "b", "1", "450", "0"]);
+            client.call("PING"); // The waiter's command was read by now, or is read with the next.
+            client.int("LIMITER.RELEASE p a");
+            assert_eq!(waiter.receive(), ONE);
+            client.send_raw(b"LIMITER.RELEASE p b\r\nLIMITER.ACQUIRE p a 1 450\r\n");
+            assert_eq!((client.receive(), client.receive()), (ONE, ONE));
+        }
+    });
+}
+
+#[test]
+fn what_is_kept_of_a_wait_goes_with_a_client_that_is_gone_before_its_reply() {
+    check_that_nothing_is_kept(2_000, |server, client, count| {
+        for _ in 0..count {
+            let mut waiter = server.client();
+            let id = waiter.id();
+            waiter.send(&["LIMITER.BACQUIRE", "p", "b", "1", "450", "0"]);
+            client.call("PING");
+            client.send_raw(format!("LIMITER.RELEASE p a\r\nCLIENT KILL ID {id}\r\n").as_bytes());
+            assert_eq!((client.receive(), client.receive()), (ONE, ONE));
+            // Taken back, or never waited for.
+            wait_until("the slot is free", || {
+                client.int("LIMITER.RELEASE p b") == 1 || client.int("LIMITER.COUNT p") == 0
+            });
+            assert_eq!(client.int("LIMITER.ACQUIRE p a 1 450"), 1);
+        }
+    });
+}

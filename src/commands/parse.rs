@@ -143,6 +143,24 @@ mod tests {
     }
 
     #[test]
+    fn ttls() {
+        let last = limiter::LAST_LAPSE_MS;
+        for (text, now_ms, ms) in [
+            ("10", 1_000, Some(10_000)),
+            ("0.0001", 1_000, Some(1)),
+            ("0", 1_000, None),
+            ("0.000", 1_000, None),
+            ("-1", 1_000, None),
+            ("", 1_000, None),
+            ("0.001", last - 1, Some(1)),
+            ("0.0010001", last - 1, None),
+            ("9223372036854775.807", 1_000, None),
+        ] {
+            assert_eq!(ttl_ms(text.as_bytes(), now_ms), ms, "{text:?}");
+        }
+    }
+
+    #[test]
     fn timeouts() {
         for (text, parsed) in [
             ("0", Timeout::Never),

@@ -3,6 +3,7 @@
 //! Two things stand in here: [`Set`], a sorted set as simple as can be, which the rules work on;
 //! and [`Model`], which says what the rules must decide without sharing a line with them.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
@@ -16,6 +17,8 @@ struct Set {
     expiry_ms: Option<i64>,
     wrote: bool,
     expiries_written: u32,
+    /// How often anything was looked up, but for what `count` and `put` tell.
+    looks: Cell<u32>,
     /// How many are pruned at once, if not as many as asked for.
     step: Option<u64>,
 }
@@ -34,6 +37,10 @@ impl Set {
             self.members.clear();
             self.expiry_ms = None;
         }
+    }
+
+    fn look(&self) {
+        self.looks.set(self.looks.get() + 1);
     }
 
     fn retain(&mut self, keep: impl Fn(&(u8, f64)) -> bool) -> u64 {
@@ -56,6 +63,7 @@ impl Leases for Set {
     type Key<'k> = u8;
 
     fn prune(&mut self, now_ms: i64, at_most: u64) -> Pruned {
+        self.look();
         let mut lapsed = self.sorted();
         lapsed.retain(|(_, member_score)| *member_score <= score(now_ms));
         let at_most = self.step.unwrap_or(at_most) as usize;
@@ -65,10 +73,12 @@ impl Leases for Set {
     }
 
     fn holds(&self, key: &u8) -> bool {
+        self.look();
         self.members.iter().any(|(member, _)| member == key)
     }
 
     fn has_lapsed(&self, key: &u8, now_ms: i64) -> bool {
+        self.look();
         self.members.iter().any(|(member, its)| member == key && *its <= score(now_ms))
     }
 
@@ -99,18 +109,22 @@ impl Leases for Set {
     }
 
     fn any_after(&self, time_ms: i64) -> bool {
+        self.look();
         self.members.iter().any(|(_, member_score)| *member_score > score(time_ms))
     }
 
     fn next_lapse_ms(&self) -> Option<i64> {
+        self.look();
         self.sorted().first().and_then(|(_, first)| lapse_ms(*first))
     }
 
     fn last_lapse_ms(&self) -> Option<i64> {
+        self.look();
         self.sorted().last().and_then(|(_, last)| lapse_ms(*last))
     }
 
     fn expiry_ms(&self) -> Option<i64> {
+        self.look();
         self.expiry_ms
     }
 
@@ -218,21 +232,33 @@ fn check_expiry(set: &Set) {
 }
 
 /// Takes one command's steps on a set, knowing what the command before it found out.
-fn on<R>(set: &mut Set, facts: &mut Facts, work: impl FnOnce(&mut Limiter<Set>) -> R) -> R {
+fn on<R>(
+    set: &mut Set,
+    facts: &mut Facts,
+    now_ms: i64,
+    work: impl FnOnce(&mut Limiter<Set>) -> R,
+) -> R {
+    let before = set.count();
     let mut limiter = Limiter::new(std::mem::take(set), *facts);
     let result = work(&mut limiter);
     *facts = limiter.facts();
     let next_change_ms = limiter.next_change_ms();
+    let Counters { acquired, released, lapsed, .. } = *limiter.counted();
     *set = limiter.leases;
+    assert_eq!(before + acquired, set.count() + released + lapsed, "the books balance");
     if let Some(change_ms) = [set.next_lapse_ms(), set.expiry_ms].into_iter().flatten().min() {
         assert!(next_change_ms.is_some_and(|ms| ms <= change_ms), "{next_change_ms:?} {set:?}");
     }
+    // Once all is pruned it is later than now: who goes by it must not look again and again.
+    let is_known = facts.none_lapses_before_ms > i64::MIN;
+    let is_later = next_change_ms.is_none_or(|ms| ms > now_ms && ms < i64::MAX);
+    assert!(is_later || !is_known, "{next_change_ms:?} {set:?}");
     result
 }
 
 /// The same, knowing nothing.
-fn on_unknown<R>(set: &mut Set, work: impl FnOnce(&mut Limiter<Set>) -> R) -> R {
-    on(set, &mut Facts::UNKNOWN.clone(), work)
+fn on_unknown<R>(set: &mut Set, now_ms: i64, work: impl FnOnce(&mut Limiter<Set>) -> R) -> R {
+    on(set, &mut Facts::UNKNOWN.clone(), now_ms, work)
 }
 
 fn check(steps: Vec<Step>, prune_step: Option<u64>) {
@@ -252,10 +278,10 @@ fn check(steps: Vec<Step>, prune_step: Option<u64>) {
             Step::Acquire { key, limit, ttl_ms, nx } => {
                 let end_ms = lapse_after(now_ms, ttl_ms).unwrap();
                 let reacquire = if nx { Reacquire::Deny } else { Reacquire::Refresh };
-                let would = on(&mut set, &mut facts, |limiter| {
+                let would = on(&mut set, &mut facts, now_ms, |limiter| {
                     limiter.would_acquire(&key, limit, now_ms, reacquire)
                 });
-                let (outcome, live, lapsed) = on(&mut set, &mut facts, |limiter| {
+                let (outcome, live, lapsed) = on(&mut set, &mut facts, now_ms, |limiter| {
                     let outcome = limiter.acquire(&key, limit, end_ms, now_ms, reacquire);
                     (outcome, limiter.live(), limiter.lapsed())
                 });
@@ -280,14 +306,17 @@ fn check(steps: Vec<Step>, prune_step: Option<u64>) {
                 let end_ms = lapse_after(now_ms, ttl_ms).unwrap();
                 let live = model.0.get_mut(&key).map(|end| *end = Some(end_ms)).is_some();
                 let renewed =
-                    on(&mut set, &mut facts, |limiter| limiter.renew(&key, end_ms, now_ms));
+                    on(&mut set, &mut facts, now_ms, |limiter| limiter.renew(&key, end_ms, now_ms));
                 assert_eq!(renewed, live);
+                assert!(renewed || before != set.sorted() || !set.wrote, "nothing was changed");
             }
             Step::Release { keys } => {
                 let held = model.0.len();
                 model.0.retain(|key, _| !keys.contains(key));
-                let released = on(&mut set, &mut facts, |limiter| limiter.release(&keys, now_ms));
+                let released =
+                    on(&mut set, &mut facts, now_ms, |limiter| limiter.release(&keys, now_ms));
                 assert_eq!(released, (held - model.0.len()) as u64);
+                assert!(before != set.sorted() || !set.wrote, "nothing was changed");
             }
             Step::Wait { ms } => now_ms += ms,
             Step::ForeignAdd { key, score } => {
@@ -377,6 +406,8 @@ fn scores_at_the_edges() {
     assert_eq!(lapse_ms(0.0), Some(0));
     assert_eq!(lapse_ms(1.0005), Some(1001));
     assert!(lapse_ms(f64::NAN).is_some());
+    assert!(lapse_ms(score(NEVER_MS)).is_some());
+    assert_eq!(lapse_ms(score(NEVER_MS) * (1.0 + f64::EPSILON)), None);
 }
 
 #[test]
@@ -392,7 +423,7 @@ fn the_largest_ttl_ends_at_the_last_exact_millisecond() {
 fn a_short_ttl_never_shortens_the_sets_expiry() {
     let mut set = Set::default();
     for (key, ttl_ms) in [(1, 3 * EXPIRY_SLACK_MAX_MS), (2, 1)] {
-        on_unknown(&mut set, |limiter| {
+        on_unknown(&mut set, START_MS, |limiter| {
             limiter.acquire(&key, 2, START_MS + ttl_ms, START_MS, Reacquire::Refresh)
         });
     }
@@ -406,7 +437,7 @@ fn the_expiry_is_written_about_once_an_hour() {
     for second in 0..seconds {
         let now_ms = START_MS + second * 1000;
         let key = (second % 7) as u8;
-        on_unknown(&mut set, |limiter| {
+        on_unknown(&mut set, now_ms, |limiter| {
             limiter.acquire(&key, 100, now_ms + ttl_ms, now_ms, Reacquire::Refresh)
         });
         check_expiry(&set);
@@ -418,16 +449,93 @@ fn the_expiry_is_written_about_once_an_hour() {
 fn a_limit_below_the_holders_evicts_nobody_and_waits_for_enough_to_lapse() {
     let mut set = Set::default();
     for key in 0..5 {
-        on_unknown(&mut set, |limiter| {
+        on_unknown(&mut set, START_MS, |limiter| {
             let lapse_ms = START_MS + 100 * i64::from(key + 1);
             limiter.acquire(&key, 5, lapse_ms, START_MS, Reacquire::Deny)
         });
     }
-    let outcome = on_unknown(&mut set, |limiter| {
+    let outcome = on_unknown(&mut set, START_MS, |limiter| {
         limiter.acquire(&9, 2, START_MS + 1000, START_MS, Reacquire::Refresh)
     });
     assert_eq!(outcome, Outcome::Denied);
     assert_eq!(set.count(), 5);
     // Four of the five must go before one of two slots is free.
     assert_eq!(next_free(5, 2), NextFree::WhenLapsed { rank: 3 });
+}
+
+/// What is looked up while `work` works, knowing what the command before it found out.
+fn looks(set: &mut Set, facts: &mut Facts, work: impl FnOnce(&mut Limiter<Set>)) -> u32 {
+    let mut limiter = Limiter::new(std::mem::take(set), *facts);
+    let before = limiter.leases.looks.get();
+    work(&mut limiter);
+    *facts = limiter.facts();
+    *set = limiter.leases;
+    set.looks.get() - before
+}
+
+#[test]
+fn what_is_known_is_not_looked_up() {
+    let refresh = Reacquire::Refresh;
+    for ttl_ms in [1_000, 5 * EXPIRY_SLACK_MS] {
+        let (mut set, mut facts) = (Set::default(), Facts::UNKNOWN);
+        for key in 0..3 {
+            let looks = looks(&mut set, &mut facts, |limiter| {
+                limiter.acquire(&key, 3, START_MS + ttl_ms, START_MS, refresh);
+            });
+            assert_eq!(looks, 0, "lease {key} of {ttl_ms} ms");
+        }
+        let denied = looks(&mut set, &mut facts, |limiter| {
+            limiter.acquire(&9, 3, START_MS + ttl_ms, START_MS, refresh);
+        });
+        assert_eq!(denied, 0);
+    }
+    let (mut set, mut facts) = (Set::default(), Facts::UNKNOWN);
+    looks(&mut set, &mut facts, |limiter| {
+        limiter.acquire(&1, 2, START_MS + 1_000, START_MS, refresh);
+        limiter.acquire(&2, 2, START_MS + 1_000, START_MS, refresh);
+    });
+    let released = looks(&mut set, &mut facts, |limiter| {
+        limiter.release(&[1], START_MS);
+    });
+    assert_eq!(released, 0, "the other lease is near enough the expiry, wherever it ends");
+}
+
+#[test]
+fn a_command_prunes_once_and_tells_what_lapses_next() {
+    let mut set = Set { step: Some(1), ..Set::default() };
+    set.members.extend((0..5).map(|key| (key, 1.0)));
+    set.members.push((9, score(START_MS + 70)));
+    let mut facts = Facts::UNKNOWN;
+    looks(&mut set, &mut facts, |limiter| {
+        for _ in 0..2 {
+            limiter.acquire(&8, 0, START_MS + 50, START_MS, Reacquire::Refresh);
+        }
+        assert_eq!((limiter.lapsed(), limiter.live()), (4, 1));
+    });
+    set.step = None;
+    looks(&mut set, &mut facts, |limiter| {
+        limiter.acquire(&8, 0, START_MS + 50, START_MS, Reacquire::Refresh);
+    });
+    assert_eq!(facts.none_lapses_before_ms, START_MS + 70);
+}
+
+#[test]
+fn an_expiry_that_is_near_enough_is_not_rewritten() {
+    let (mut set, mut facts) = (Set::default(), Facts::UNKNOWN);
+    let mut acquire = |set: &mut Set, key: u8, ttl_ms: i64| {
+        on(set, &mut facts, START_MS, |limiter| {
+            limiter.acquire(&key, 9, START_MS + ttl_ms, START_MS, Reacquire::Refresh)
+        });
+        set.expiries_written
+    };
+    assert_eq!(acquire(&mut set, 1, 5 * EXPIRY_SLACK_MS), 1);
+    assert_eq!(acquire(&mut set, 2, 1_000), 1, "the other lease is near it");
+
+    let (mut set, mut facts) = (Set::default(), Facts::UNKNOWN);
+    on(&mut set, &mut facts, START_MS, |limiter| {
+        limiter.acquire(&1, 9, START_MS + EXPIRY_SLACK_MS / 2, START_MS, Reacquire::Refresh);
+        limiter.acquire(&2, 9, START_MS + 1_000, START_MS, Reacquire::Refresh);
+        limiter.release(&[1], START_MS);
+    });
+    assert_eq!(set.expiries_written, 1, "it is an hour and a half after the last lease's end");
 }

@@ -81,7 +81,7 @@ impl Model {
 }
 
 fn check(lines: &Lines<(i32, u8)>, model: &Model) {
-    assert_eq!(lines.waiters.is_empty(), model.in_order.is_empty());
+    assert_eq!(lines.totals(), (model.in_order.len(), model.limiters().len()));
     for db in 0..2 {
         for prefix in 0..3 {
             let expected = model.line((db, prefix));

@@ -63,7 +63,9 @@ pub fn module() -> &'static Path {
     static MODULE: OnceLock<PathBuf> = OnceLock::new();
     MODULE.get_or_init(|| {
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--lib"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        build
+            .args(["build", "--quiet", "--locked", "--lib"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"));
         if !cfg!(debug_assertions) {
             build.arg("--release");
         }
@@ -86,6 +88,24 @@ pub fn compile(source: &str, library: &Path) {
         .args([library, &file])
         .status();
     assert!(built.expect("a C compiler").success(), "{source} does not compile");
+}
+
+/// Whether there is such a test: `file::name` for one below `tests/`, `lib::module::tests::name`
+/// for one in the source.
+pub fn is_test(test: &str) -> bool {
+    let (file, name) = test.split_once("::").expect("file::name");
+    let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (files, name) = match name.rsplit_once("::tests::") {
+        Some((module, name)) if file == "lib" => {
+            let module = project.join("src").join(module.replace("::", "/"));
+            (vec![module.with_extension("rs"), module.join("tests.rs")], name)
+        }
+        _ => (vec![project.join("tests").join(file).with_extension("rs")], name),
+    };
+    files.iter().filter_map(|file| fs::read_to_string(file).ok()).any(|text| {
+        let mut parts = text.split("#[test]").skip(1);
+        parts.any(|part| part.trim_start().starts_with(&format!("fn {name}(")))
+    })
 }
 
 /// The server program that is tested.
@@ -593,7 +613,7 @@ impl Read for Uninterrupted<'_> {
     }
 }
 
-fn packed<A: AsRef<[u8]>>(args: &[A]) -> Vec<u8> {
+pub fn packed<A: AsRef<[u8]>>(args: &[A]) -> Vec<u8> {
     let mut command = redis::Cmd::new();
     for arg in args {
         command.arg(arg.as_ref());
