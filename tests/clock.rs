@@ -76,6 +76,22 @@ fn set_back_in_a_pause_the_line_moves_when_the_pause_ends() {
     assert_eq!(waiter.receive(), ONE);
 }
 
+#[test]
+fn set_back_after_a_wait_that_timed_out_in_a_pause_the_next_line_moves() {
+    let server = Server::start_with_clock(&AOF);
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 10");
+    let mut impatient = server.waiter("LIMITER.BACQUIRE p b 1 10 0.5");
+    client.call("CLIENT PAUSE 1000000 WRITE");
+    assert_eq!(impatient.receive(), Value::Int(0));
+    server.set_clock(-HOUR_MS);
+    wait_until("the lease lasts longer", || left_ms(&server) > HOUR_MS);
+    client.call("CLIENT UNPAUSE");
+    let mut waiter = server.waiter("LIMITER.BACQUIRE p c 1 10 0");
+    client.int("DEL p");
+    assert_eq!(waiter.receive(), ONE);
+}
+
 /// Runs `work` while the server's clock is set back by a second a hundred times a second.
 fn while_the_clock_runs_back<R>(server: &Server, work: impl FnOnce() -> R) -> R {
     let over = AtomicBool::new(false);

@@ -588,6 +588,20 @@ fn two_waiters_with_one_key_that_both_go_leave_no_lease() {
     check_at_the_end(server);
 }
 
+/// Releases `a`, in a turn that goes on long enough for a connection to be reset meanwhile.
+fn release_in_a_long_turn(server: &Server, client: &mut Client) {
+    client.send_raw(b"LIMITER.RELEASE p a\r\nDEBUG SLEEP 0.2\r\n");
+    let mut probe = server.client();
+    wait_until("the server sleeps", || {
+        probe.send(&["PING"]);
+        let answers = probe.has_reply();
+        if answers {
+            probe.receive();
+        }
+        !answers
+    });
+}
+
 #[test]
 fn a_lease_whose_reply_cannot_be_written_goes_to_the_next() {
     let server = start();
@@ -597,22 +611,28 @@ fn a_lease_whose_reply_cannot_be_written_goes_to_the_next() {
         client.int("LIMITER.ACQUIRE p a 1 450");
         let going = server.waiter("LIMITER.BACQUIRE p going 1 450 0");
         let mut next = server.waiter("LIMITER.BACQUIRE p next 1 450 0");
-        // It is granted, and the turn goes on long enough for the connection to be reset.
-        client.send_raw(b"LIMITER.RELEASE p a\r\nDEBUG SLEEP 0.2\r\n");
-        let mut probe = server.client();
-        wait_until("the server sleeps", || {
-            probe.send(&["PING"]);
-            let answers = probe.has_reply();
-            if answers {
-                probe.receive();
-            }
-            !answers
-        });
+        release_in_a_long_turn(&server, &mut client);
         going.abort();
         assert_eq!((client.receive(), client.receive()), (ONE, Value::Okay));
         assert_eq!(next.receive(), ONE, "round {round}");
         assert_eq!(client.strings("ZRANGE p 0 -1"), ["next"], "round {round}");
     }
+    check_at_the_end(server);
+}
+
+#[test]
+fn a_reply_that_cannot_be_written_does_not_untie_the_lease_of_another_waiter() {
+    let server = start();
+    let mut client = server.client();
+    client.int("LIMITER.ACQUIRE p a 1 450");
+    let mut stays = server.waiter("LIMITER.BACQUIRE p twin 1 450 0 EPHEMERAL");
+    let goes = server.waiter("LIMITER.BACQUIRE p twin 1 450 0");
+    release_in_a_long_turn(&server, &mut client);
+    goes.abort();
+    assert_eq!(stays.receive(), ONE);
+    assert_eq!((client.receive(), client.receive()), (ONE, Value::Okay));
+    stays.close();
+    wait_until("the lease ends with its connection", || client.int("LIMITER.COUNT p") == 0);
     check_at_the_end(server);
 }
 

@@ -47,6 +47,9 @@ pub struct Judge {
     /// something in the middle of it.
     given: Vec<LimiterId>,
     others_came_between: bool,
+    /// Leases that would have ended with a connection, and were ended by others or lapsed: the
+    /// module may still count them.
+    ended_unasked: usize,
     /// The keys of another type before the step at hand.
     others: BTreeSet<LimiterId>,
     /// The slots have gone, or the server has become a replica that lets nobody go, at this time.
@@ -92,6 +95,14 @@ enum Whose {
 }
 
 impl Lease {
+    fn is_ephemeral(&self) -> bool {
+        matches!(self.whose, Whose::Of(_))
+    }
+
+    fn may_be_tied(&self) -> bool {
+        self.is_ephemeral() || !self.granted.is_empty()
+    }
+
     fn belongs_to_nobody(&self) -> bool {
         self.whose == Whose::Nobodys && self.granted.is_empty()
     }
@@ -145,6 +156,9 @@ impl Judge {
             Event::Put { .. } => {}
             Event::Removed { limiter, key } => {
                 let Some(lease) = self.leases.remove(&(limiter, key)) else { return };
+                if lease.lapse_ms <= server.now_ms {
+                    self.ended_unasked += usize::from(lease.may_be_tied());
+                }
                 let by_release =
                     matches!(command, Command::Release(l, k) if (l, k) == (limiter, key));
                 let may_end = by_release
@@ -155,13 +169,15 @@ impl Judge {
             }
             Event::Lost { limiter, key } => {
                 self.others_came_between = true;
-                self.leases.remove(&(limiter, key));
+                let lost = self.leases.remove(&(limiter, key));
+                self.ended_unasked += usize::from(lost.is_some_and(|lease| lease.may_be_tied()));
             }
             Event::Wrote { limiter, key, lapse_ms } => {
                 self.others_came_between = true;
                 let (whose, granted) = (Whose::Somebodys, Vec::new());
                 let lease = Lease { lapse_ms, whose, granted, is_uncertain: false };
-                self.leases.insert((limiter, key), lease);
+                let lost = self.leases.insert((limiter, key), lease);
+                self.ended_unasked += usize::from(lost.is_some_and(|lease| lease.may_be_tied()));
             }
             Event::Swapped => {
                 let leases = std::mem::take(&mut self.leases).into_iter();
@@ -376,6 +392,11 @@ impl Judge {
         let totals = waiters::totals();
         let is_known = (totals.waiting, totals.lines) == (waiting, self.lines.len());
         server.demand(is_known, "the module counts other waiters than there are");
+        let ephemeral = || self.leases.values().filter(|lease| lease.is_ephemeral());
+        let (certain, most) =
+            (ephemeral().filter(|lease| !lease.is_uncertain).count(), ephemeral().count());
+        let is_known = (certain..=most + self.ended_unasked).contains(&totals.ephemeral);
+        server.demand(is_known, "the module counts other ephemeral leases than there are");
     }
 
     /// What should have been done by now, if the server sleeps and no timer is due.
