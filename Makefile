@@ -57,6 +57,12 @@ test-servers: setup ## Run every test on each server that can be installed here
 	@scripts/setup --servers
 	@scripts/test-servers
 
+# Tries of a few seconds are part of `make test`. The library is the one that is shipped, and the
+# checker quick.
+histories: setup ## Check histories of clients for linearizability (HISTORIES=n of each kind, SEED=n)
+	ulimit -n "$$(ulimit -Hn)" && HISTORIES="$(or $(HISTORIES),500)" \
+	  cargo test --release --locked --test linearizable -- --nocapture
+
 # Thousands of waiters are as many connections.
 bench: setup ## Measure the module beside the other ways (7 minutes; QUICK=1: one; ROUNDS=n)
 	ulimit -n "$$(ulimit -Hn)" && cargo bench --locked --bench bench
@@ -99,4 +105,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	explore lint deny mutants variants fmt clean
+	explore histories lint deny mutants variants fmt clean
