@@ -268,6 +268,17 @@ mod tests {
     }
 
     #[test]
+    fn prefixes_that_are_too_long_are_counted_and_not_remembered() {
+        let mut records = Records::default();
+        for (len, is_remembered) in [(0, true), (1, false), (2, false)] {
+            let prefix = vec![b'x'; LONGEST_PREFIX + len];
+            records.note(None, 0, &prefix, &ONE, SOME);
+            assert_eq!(records.counters(0, &prefix) == ONE, is_remembered, "{len}");
+        }
+        assert_eq!(records.totals().acquired, 3);
+    }
+
+    #[test]
     fn records_go_only_when_there_is_no_room_and_all_if_few_are_empty() {
         for (held, stay) in [(CAPACITY / 2, true), (CAPACITY / 2 + 1, false)] {
             let mut records = Records::default();
