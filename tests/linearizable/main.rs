@@ -24,8 +24,9 @@
 //! What asynchronous replication loses is not hidden: without WAIT, histories through a failover may
 //! be impossible for one limiter, and each must become possible when the old master's last replies
 //! are forgotten, from some moment on. With WAIT none may. WAIT asks for what the connection has
-//! written itself, and a denial or a look writes nothing: to rely on those, the clients here write
-//! something of their own before it.
+//! written itself, and a denial or a look writes nothing: to be sure of those, the clients write
+//! something of their own before it. (A replica whose link is cut is missed without that, too; one
+//! that is connected and slow might not be.)
 //!
 //! `HISTORIES` sets how many there are of each kind, `SEED` repeats the choices of a run, though
 //! not what the machine makes of them. `make histories` is the long run.
