@@ -81,9 +81,22 @@ explore: setup ## Model check of the line, deeper than in `make test` (SECS=60 a
 	  CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
 	  cargo test --locked --release --lib simulation -- --nocapture
 
+# The first is a test, a longer one; the others are targets in fuzz/. No sanitizer: what they fuzz
+# has no `unsafe`, and is faster without.
+fuzz: setup ## Fuzz the commands on a server, then the pure parts (SECONDS=60 for each, SEED=n)
+	@scripts/setup --fuzz
+	ulimit -n "$$(ulimit -Hn)" && \
+	  FUZZ_SECONDS=$(or $(SECONDS),60) cargo test --locked --test fuzz -- --nocapture
+	for target in parse limiter queue; do \
+	  cargo +nightly fuzz run --sanitizer none $$target -- \
+	    -max_total_time=$(or $(SECONDS),60) -print_final_stats=1 || exit 1; \
+	done
+
 lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
+	cargo clippy --locked --example limiter_that_panics --features panic-hook -- --deny warnings
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 
 deny: setup ## Check licences, sources and known vulnerabilities of the dependencies
 	@scripts/deny
@@ -100,9 +113,9 @@ fmt: ## Format the code
 
 clean: ## Remove what was built, downloaded and stored
 	cargo clean
-	rm -rf .servers .venv dist appendonlydir appendonlydir-*
+	rm -rf .servers .venv dist appendonlydir appendonlydir-* fuzz/artifacts fuzz/corpus fuzz/target
 	rm -rf clients/python/.venv clients/python/build clients/python/*.egg-info \
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	explore histories lint deny mutants variants fmt clean
+	explore histories fuzz lint deny mutants variants fmt clean

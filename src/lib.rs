@@ -26,6 +26,7 @@
 //! | `counters` | what is counted, pure | std only |
 //! | `queue` | first come, first served lines, pure | std only |
 //! | `ties` | leases that end when their owner goes, pure | std only |
+//! | `trip` | where tests make the module panic; empty in normal builds | std only |
 //! | `ffi` | the border to the server, the only `unsafe` | the server, `limiter`'s trait |
 //! | `simulation` | tests: `waiters` and what it uses, model-checked | a server of its own in place of `ffi` |
 
@@ -51,6 +52,7 @@ mod records;
 #[cfg(test)]
 mod simulation;
 mod ties;
+mod trip;
 mod waiters;
 
 use redis_module::{redis_module, Context, RedisString, Status};
@@ -75,7 +77,8 @@ redis_module! {
 }
 
 fn init(ctx: &Context, args: &[RedisString]) -> Status {
-    match load(ctx, args) {
+    let loaded = ffi::contained(|| load(ctx, args));
+    match loaded.unwrap_or_else(|| Err("it panicked".into())) {
         Ok(()) => Status::Ok,
         Err(why) => {
             ctx.log_warning(&format!("limiter: not loaded: {why}"));
@@ -87,9 +90,13 @@ fn init(ctx: &Context, args: &[RedisString]) -> Status {
 /// Refuses to go while ACL users' rules name our commands: Redis then stops with a failed assertion.
 /// Gives back what is remembered: statics are never dropped.
 fn deinit(ctx: &Context) -> Status {
-    if ffi::acl_names(ctx, "limiter.") {
-        ctx.log_warning("limiter: not unloaded: rules of ACL users name its commands");
-        return Status::Err;
+    match ffi::contained(|| ffi::acl_names(ctx, "limiter.")) {
+        Some(false) => {}
+        Some(true) => {
+            ctx.log_warning("limiter: not unloaded: rules of ACL users name its commands");
+            return Status::Err;
+        }
+        None => return Status::Err,
     }
     waiters::reset();
     Status::Ok
@@ -101,6 +108,7 @@ fn load(ctx: &Context, args: &[RedisString]) -> Result<(), String> {
     }
     let module = ffi::Module::load(ctx)?;
     waiters::reset();
+    trip::trip("load");
     module.listen::<waiters::Pump>()?;
     module.register::<commands::Acquire>()?;
     module.register::<commands::Bacquire>()?;

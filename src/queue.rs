@@ -264,5 +264,6 @@ impl<W: std::hash::Hash> std::hash::Hash for Lines<W> {
     }
 }
 
-#[cfg(test)]
-mod tests;
+#[cfg(any(test, fuzzing))]
+#[path = "queue/tests.rs"] // Said in full for fuzz/, which takes this file in by its path.
+pub mod tests;

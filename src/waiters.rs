@@ -22,6 +22,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use lazy_static::lazy_static;
 
@@ -31,10 +32,11 @@ use super::ffi::{
     OwnedStr, Permit, SortedSet, Str, Timer,
 };
 use crate::counters::Counters;
-use crate::limiter::{self, Leases, Limiter, Outcome, Reacquire};
+use crate::limiter::{self, Facts, Leases, Limiter, Outcome, Reacquire};
 use crate::queue::{LineId, Lines, WaiterId};
 use crate::records::{Place, Records};
 use crate::ties::{Lease, Owner, TieId, Ties};
+use crate::trip::trip;
 
 /// How soon the pump comes back when the server may not write: the end of a pause, and the return
 /// of a replica, are told by no event.
@@ -43,6 +45,10 @@ const REFUSED_RETRY_MS: i64 = 10;
 /// How often a line looks whether its slot is still served here, in a cluster. Redis 7.0 lets a
 /// slot go without a word.
 const CLUSTER_PROBE_MS: i64 = 500;
+
+/// How soon a line is looked at again, or a lease taken back, after a panic: it may well panic again,
+/// and everybody else is to get their turn.
+const PANICKED_RETRY_MS: i64 = 500;
 
 /// How much later than it should the timer may ring. More means that the system's clock was set.
 /// The server starts its timers by that clock and ends them by another, so such a timer would ring
@@ -185,13 +191,18 @@ pub fn acquire_or_wait<B: Blocking>(
     if take(ctx, ask, Reacquire::Refresh, now_ms, &mut open) != Outcome::Denied {
         return Ok(Turn::Granted);
     }
+    if !with(|hall| std::mem::replace(&mut hall.listens_for_waiters, true)) {
+        listen_for_waiters::<Pump>(ctx);
+    }
+    let (db, next_look_ms) = (open.db, next_look_ms(ctx, &open.limiter, now_ms));
+    // A client that is blocked must be in a line, or it is never let go: nothing comes between.
     let Some(client) = BlockedClient::block::<B>(ctx) else {
         return Ok(Turn::Waits); // The server has told the client why.
     };
     let waiter = Waiter {
         client,
         connection,
-        db: open.db,
+        db,
         prefix: ask.prefix.bytes().into(),
         key: ask.key.bytes().into(),
         since_ms: now_ms,
@@ -199,10 +210,6 @@ pub fn acquire_or_wait<B: Blocking>(
         ttl_ms: ask.ttl_ms,
         until: ask.until,
     };
-    if !with(|hall| std::mem::replace(&mut hall.listens_for_waiters, true)) {
-        listen_for_waiters::<Pump>(ctx);
-    }
-    let (db, next_look_ms) = (open.db, next_look_ms(ctx, &open.limiter, now_ms));
     with(|hall| {
         let (id, line) = hall.lines.join(db, ask.prefix.bytes(), deadline_ms, waiter);
         hall.waiters.insert(client, id);
@@ -255,6 +262,7 @@ pub fn renew(
 
 /// The answer to a waiter that was let go, for its reply; `None` if it is not known.
 pub fn reply(id: WaiterId) -> Option<Answer> {
+    trip("reply");
     with(|hall| {
         let decided = hall.decided.remove(&id)?;
         hall.waiters.remove(&decided.client);
@@ -303,6 +311,7 @@ pub fn totals() -> Totals {
 
 /// A waiter's client is gone: before it was let go, or after.
 pub fn gone(ctx: &Context, client: BlockedClient) {
+    trip("gone");
     let now_ms = ctx.now_ms();
     let was_waiting = with(|hall| {
         let Some(id) = hall.waiters.remove(&client) else { return false };
@@ -355,7 +364,8 @@ impl Drop for OpenLimiter<'_> {
     // Before the set is closed, and tells others: they may write to it at once.
     fn drop(&mut self) {
         let counted = Counters { denied: self.denied, ..*self.limiter.counted() };
-        let facts = self.limiter.facts();
+        // After a panic the facts may be those of before the last write.
+        let facts = if thread::panicking() { Facts::UNKNOWN } else { self.limiter.facts() };
         let prefix = self.prefix.bytes();
         with(|hall| hall.records.note(self.record, self.db, prefix, &counted, facts));
     }
@@ -430,6 +440,7 @@ fn serve(ctx: &Context, line: Option<LineId>, limiter: &mut Limiter<SortedSet<'_
     if ctx.is_paused() || (ctx.is_clustered() && limiter.leases().count() == 0) {
         with(|hall| hall.lines.touch_line(line));
     } else {
+        let _again = AgainAfterPanic { ctx, line, now_ms };
         grant(ctx, line, limiter, now_ms);
     }
     set_timer(ctx);
@@ -448,8 +459,26 @@ fn grant(ctx: &Context, line: LineId, limiter: &mut Limiter<SortedSet<'_>>, now_
             with(|hall| hall.lines.set_alarm(line, next_look_ms));
             return;
         }
+        trip("grant");
         with(|hall| hall.note_grant(id, line, &head, outcome, lapse_ms, now_ms));
         head.client.let_go(id);
+    }
+}
+
+/// Has the line looked at again if serving it panics: its waiters have nobody else.
+struct AgainAfterPanic<'c> {
+    ctx: &'c Context,
+    line: LineId,
+    now_ms: i64,
+}
+
+impl Drop for AgainAfterPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let later_ms = self.now_ms.saturating_add(PANICKED_RETRY_MS);
+            with(|hall| hall.lines.set_alarm(self.line, Some(later_ms)));
+            set_timer(self.ctx);
+        }
     }
 }
 
@@ -500,6 +529,7 @@ impl Listener for Pump {
             hall.not_before_ms = i64::MIN;
         });
         let _end = RingEnd(ctx);
+        trip("ring");
         let now_ms = ctx.now_ms();
         while let Some((id, client)) = with(|hall| hall.next_timed_out(now_ms)) {
             client.let_go(id);
@@ -515,6 +545,7 @@ impl Listener for Pump {
     }
 
     fn key_changed(ctx: &Context, key: &[u8]) {
+        trip("key");
         let db = ctx.db();
         let has_line = with(|hall| {
             hall.records.forget_facts(db, key);
@@ -530,6 +561,7 @@ impl Listener for Pump {
     }
 
     fn database_flushed(ctx: &Context, db: Option<i32>) {
+        trip("flush");
         with(|hall| {
             hall.records.forget_all_facts();
             hall.lines.touch_database(db);
@@ -549,6 +581,7 @@ impl Listener for Pump {
     }
 
     fn disconnected(ctx: &Context, connection: u64) {
+        trip("disconnect");
         // Closed in the turn of its reply: because that could not be written, or after it was, as
         // with a QUIT in the same pipeline?
         let unproven = with(|hall| hall.take_unproven(connection));
@@ -589,6 +622,14 @@ impl Listener for Pump {
             set_timer(ctx);
         }
     }
+
+    fn missed(ctx: &Context) {
+        with(|hall| {
+            hall.records.forget_all_facts();
+            hall.lines.touch_database(None);
+        });
+        set_timer(ctx);
+    }
 }
 
 /// The server takes no writes now.
@@ -617,14 +658,17 @@ impl Pump {
     fn take_back(ctx: &Context, now_ms: i64) -> Result<(), Refused> {
         for _ in 0..WORK_A_TURN {
             let Some((tie, lease)) = with(|hall| hall.ties.next_lost(now_ms)) else { break };
-            if lease.lapse_ms <= now_ms || Self::end(ctx, &lease, now_ms)? {
+            let postpone = |to_ms: i64| with(|hall| hall.ties.postpone(tie, to_ms));
+            postpone(now_ms.saturating_add(PANICKED_RETRY_MS)); // In case it panics.
+            let ended = lease.lapse_ms <= now_ms
+                || Self::end(ctx, &lease, now_ms).inspect_err(|Refused| postpone(i64::MIN))?;
+            if ended {
                 with(|hall| {
                     hall.ties.cut_tie(tie);
                     hall.lines.touch(lease.db, &lease.prefix);
                 });
             } else {
-                let later_ms = now_ms.saturating_add(CLUSTER_PROBE_MS);
-                with(|hall| hall.ties.postpone(tie, later_ms));
+                postpone(now_ms.saturating_add(CLUSTER_PROBE_MS));
             }
         }
         Ok(())
@@ -650,6 +694,7 @@ impl Pump {
             Err(why) => return Ok(why == NotOpened::WrongType),
         };
         // Another end is another lease: somebody wrote there without asking us.
+        trip("take-back");
         if open.limiter.leases().holds_until(key, lease.lapse_ms) {
             let ended = open.limiter.release(&[key], now_ms);
             with(|hall| hall.closed = hall.closed.saturating_add(ended));
@@ -666,6 +711,7 @@ impl Pump {
             });
             let Some((line, db, prefix)) = due else { break };
             let prefix: Box<[u8]> = prefix;
+            let _again = AgainAfterPanic { ctx, line, now_ms };
             let Some(prefix) = OwnedStr::copy(&prefix) else { break };
             if !ctx.select_db(db) {
                 continue;

@@ -8,6 +8,7 @@ use crate::counters::Counters;
 use crate::ffi::{
     Access, Arg, Command, CommandResult, Context, Keys, ReadSet, Reply, Section, Spec, Str,
 };
+use crate::trip::trip;
 use crate::waiters::{self, Totals};
 
 /// Tells what is to be seen of a limiter, and what was counted of it. Reads only.
@@ -63,6 +64,7 @@ impl Section for Info {
         };
 
     fn fields() -> Vec<(&'static CStr, u64)> {
+        trip("info");
         let Totals { counters, waiting, lines, ephemeral, closed } = waiters::totals();
         let mut fields = vec![(c"waiting", waiting as u64), (c"lines", lines as u64)];
         fields.extend(counts(&counters));

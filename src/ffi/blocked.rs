@@ -84,10 +84,16 @@ unsafe extern "C" fn reply<B: Blocking>(
     _argc: c_int,
 ) -> c_int {
     // SAFETY: the server's context of the call at hand. The data is the number, not a pointer.
-    let (ctx, number) = unsafe {
-        (Context::new(ctx), api!(RedisModule_GetBlockedClientPrivateData(ctx)) as usize as u64)
+    let (ctx, number, client) = unsafe {
+        let number = api!(RedisModule_GetBlockedClientPrivateData(ctx)) as usize as u64;
+        (Context::new(ctx), number, api!(RedisModule_GetBlockedClientHandle(ctx)))
     };
-    answer(&ctx, || B::reply(&ctx, number))
+    let result = contained(|| B::reply(&ctx, number));
+    if result.is_none() {
+        // It is told of an error, and must not hold what it was granted.
+        lose::<B>(&ctx, client);
+    }
+    answer(&ctx, result)
 }
 
 /// # Safety
@@ -100,7 +106,11 @@ unsafe extern "C" fn given_up<B: Blocking>(
     // SAFETY: the server's context of the call at hand.
     let (ctx, client) =
         unsafe { (Context::new(ctx), api!(RedisModule_GetBlockedClientHandle(ctx))) };
-    answer(&ctx, || Ok(B::given_up(&ctx, BlockedClient(client as usize))))
+    let result = contained(|| Ok(B::given_up(&ctx, BlockedClient(client as usize))));
+    if result.is_none() {
+        lose::<B>(&ctx, client);
+    }
+    answer(&ctx, result)
 }
 
 /// # Safety
@@ -111,5 +121,12 @@ unsafe extern "C" fn gone<B: Blocking>(
 ) {
     // SAFETY: the server's context of the call at hand.
     let ctx = unsafe { Context::new(ctx) };
-    contained(&ctx, || B::gone(&ctx, BlockedClient(client as usize)));
+    lose::<B>(&ctx, client);
+}
+
+/// The client is gone. The server frees it now, whatever we do: if it stayed in a line it would be
+/// let go later, which would be twice. So a panic gets a second try.
+fn lose<B: Blocking>(ctx: &Context, client: *mut RedisModuleBlockedClient) {
+    let gone = || B::gone(ctx, BlockedClient(client as usize));
+    contained(gone).or_else(|| contained(gone));
 }

@@ -11,10 +11,11 @@ use libc::c_int;
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleString};
 
 use super::api;
-use super::context::{Context, OwnedStr, Str};
+use super::context::{log_warning, Context, OwnedStr, Str};
 use super::events::{self, Listener};
 use super::info::{self, Section};
 use super::reply::CallReply;
+use crate::trip::trip;
 
 /// A command of the module.
 pub trait Command {
@@ -384,16 +385,21 @@ unsafe extern "C" fn entry<C: Command>(
     if let Keys::Counted(access) = C::SPEC.keys {
         // SAFETY: the context is valid.
         if unsafe { api!(RedisModule_IsKeysPositionRequest(ctx.as_ptr())) } != 0 {
-            tell_keys(&ctx, args, access);
+            contained(|| tell_keys(&ctx, args, access));
             return raw::REDISMODULE_OK as c_int;
         }
     }
-    answer(&ctx, || C::run(&ctx, args))
+    let result = contained(|| {
+        trip("command");
+        C::run(&ctx, args)
+    });
+    answer(&ctx, result)
 }
 
 /// Tells the server where the counted keys are. Redis 7.0 does not go by the documentation when it
 /// looks for the node of a command.
 fn tell_keys(ctx: &Context, args: &[Str<'_>], access: Access) {
+    trip("keys");
     let number =
         args.get(1).and_then(|number| std::str::from_utf8(number.bytes()).ok()?.parse().ok());
     let keys = args.get(2..).unwrap_or_default().len();
@@ -419,9 +425,10 @@ fn key_flags(access: Access) -> u32 {
     }
 }
 
-/// Writes the reply that `run` makes; what a command function returns to the server.
-pub(super) fn answer(ctx: &Context, run: impl FnOnce() -> CommandResult) -> c_int {
-    match contained(ctx, run) {
+/// Writes the reply that came of a command or a wait (`None`: a panic); what a command function
+/// returns to the server.
+pub(super) fn answer(ctx: &Context, result: Option<CommandResult>) -> c_int {
+    match result {
         Some(Ok(reply)) => reply.send(ctx),
         Some(Err(text)) => send_error(ctx, &text),
         None => {
@@ -433,16 +440,16 @@ pub(super) fn answer(ctx: &Context, run: impl FnOnce() -> CommandResult) -> c_in
 
 /// Runs what the server calls in for. A panic ends here, in a line of the log: unwinding across
 /// the border would abort the server.
-pub(super) fn contained<R>(ctx: &Context, run: impl FnOnce() -> R) -> Option<R> {
-    panic::catch_unwind(AssertUnwindSafe(run)).map_err(|panic| log_panic(ctx, panic.as_ref())).ok()
+pub fn contained<R>(run: impl FnOnce() -> R) -> Option<R> {
+    panic::catch_unwind(AssertUnwindSafe(run)).map_err(|panic| log_panic(panic.as_ref())).ok()
 }
 
-fn log_panic(ctx: &Context, panic: &(dyn std::any::Any + Send)) {
+fn log_panic(panic: &(dyn std::any::Any + Send)) {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     let line = format!("limiter: a panic was contained: {}", text.unwrap_or("no text"));
     let line = CString::new(line.replace('\0', " ")).unwrap_or_default();
-    ctx.log_warning(&line);
+    log_warning(&line);
 }
 
 fn send_error(ctx: &Context, text: &CStr) {

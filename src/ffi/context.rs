@@ -184,13 +184,14 @@ impl Context {
     pub(super) fn data_is_frozen(&self) -> bool {
         self.is_paused() || self.is_read_only_replica()
     }
+}
 
-    /// Writes a line at level warning to the server's log.
-    pub(super) fn log_warning(&self, line: &CStr) {
-        // SAFETY: the context is valid, and the texts end with NUL; "%s" takes one text.
-        unsafe {
-            api!(RedisModule_Log(self.raw, c"warning".as_ptr(), c"%s".as_ptr(), line.as_ptr()));
-        }
+/// Writes a line at level warning to the server's log.
+pub(super) fn log_warning(line: &CStr) {
+    // SAFETY: a line needs no context, and the texts end with NUL; "%s" takes one text.
+    unsafe {
+        let no_context = std::ptr::null_mut();
+        api!(RedisModule_Log(no_context, c"warning".as_ptr(), c"%s".as_ptr(), line.as_ptr()));
     }
 }
 

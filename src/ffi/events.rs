@@ -36,6 +36,8 @@ pub trait Listener {
     /// before are on their way, and the clients that could not get theirs are closed. Only told
     /// after [`listen_for_waiters`].
     fn turned(ctx: &Context);
+    /// It panicked when it was told of something: any set may be another now.
+    fn missed(ctx: &Context);
 }
 
 /// The events that come with another content of a sorted set. (A key that is gone needs none: it
@@ -140,12 +142,19 @@ fn server_event(id: u64) -> raw::RedisModuleEvent {
     raw::RedisModuleEvent { id, dataver: 1 }
 }
 
+/// Tells the listener of something. If it panics it does not know what has changed.
+fn tell<L: Listener>(ctx: &Context, what: impl FnOnce()) {
+    if contained(what).is_none() {
+        contained(|| L::missed(ctx));
+    }
+}
+
 /// # Safety
 /// Only the server calls it, with a valid context.
 unsafe extern "C" fn ring<L: Listener>(ctx: *mut RedisModuleCtx, _data: *mut c_void) {
     // SAFETY: the server's context of the call at hand.
     let ctx = unsafe { Context::new(ctx) };
-    contained(&ctx, || L::ring(&ctx));
+    contained(|| L::ring(&ctx));
 }
 
 /// # Safety
@@ -160,7 +169,7 @@ unsafe extern "C" fn key_changed<L: Listener>(
     if !is_our_event(unsafe { CStr::from_ptr(event) }) {
         // SAFETY: the server's context and one string, valid during the call.
         let (ctx, key) = unsafe { (Context::new(ctx), Str::from_ptr(key)) };
-        contained(&ctx, || {
+        tell::<L>(&ctx, || {
             if let Some(key) = key {
                 L::key_changed(&ctx, key.bytes());
             }
@@ -181,7 +190,7 @@ unsafe extern "C" fn flushed<L: Listener>(
     let (ctx, info) =
         unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleFlushInfoV1>().as_ref()) };
     let db = info.map(|info| info.dbnum).filter(|db| *db >= 0);
-    contained(&ctx, || L::database_flushed(&ctx, db));
+    tell::<L>(&ctx, || L::database_flushed(&ctx, db));
 }
 
 /// # Safety
@@ -196,7 +205,7 @@ unsafe extern "C" fn swapped<L: Listener>(
     let (ctx, info) =
         unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleSwapDbInfo>().as_ref()) };
     let Some(info) = info else { return };
-    contained(&ctx, || L::databases_swapped(&ctx, info.dbnum_first, info.dbnum_second));
+    tell::<L>(&ctx, || L::databases_swapped(&ctx, info.dbnum_first, info.dbnum_second));
 }
 
 /// # Safety
@@ -214,24 +223,24 @@ unsafe extern "C" fn client_changed<L: Listener>(
     let (ctx, info) =
         unsafe { (Context::new(ctx), data.cast::<raw::RedisModuleClientInfoV1>().as_ref()) };
     let Some(info) = info else { return };
-    contained(&ctx, || L::disconnected(&ctx, info.id));
+    let tell = || L::disconnected(&ctx, info.id);
+    contained(tell).or_else(|| contained(tell)); // Nobody else will ever tell of it.
 }
 
 /// # Safety
 /// Only the server calls it. Our own load may be told of, too.
 unsafe extern "C" fn module_changed(
-    ctx: *mut RedisModuleCtx,
+    _ctx: *mut RedisModuleCtx,
     _event: raw::RedisModuleEvent,
     _change: u64,
     data: *mut c_void,
 ) {
-    // SAFETY: the server's context, and the structure that this event comes with, whose text ends
-    // with NUL.
-    let (ctx, name) = unsafe {
+    // SAFETY: the structure that this event comes with, whose text ends with NUL.
+    let name = unsafe {
         let info = data.cast::<raw::RedisModuleModuleChange>().as_ref();
-        (Context::new(ctx), info.map(|info| CStr::from_ptr(info.module_name)))
+        info.map(|info| CStr::from_ptr(info.module_name))
     };
-    contained(&ctx, || {
+    contained(|| {
         if name != Some(c"limiter") {
             OTHER_MODULES.store(true, Ordering::Relaxed);
         }
@@ -248,7 +257,7 @@ unsafe extern "C" fn data_replaced<L: Listener>(
 ) {
     // SAFETY: the server's context of the call at hand.
     let ctx = unsafe { Context::new(ctx) };
-    contained(&ctx, L::data_replaced);
+    tell::<L>(&ctx, L::data_replaced);
 }
 
 /// # Safety
@@ -262,6 +271,6 @@ unsafe extern "C" fn turned<L: Listener>(
     if when == raw::REDISMODULE_SUBEVENT_EVENTLOOP_AFTER_SLEEP {
         // SAFETY: the server's context of the call at hand.
         let ctx = unsafe { Context::new(ctx) };
-        contained(&ctx, || L::turned(&ctx));
+        tell::<L>(&ctx, || L::turned(&ctx));
     }
 }

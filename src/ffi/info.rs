@@ -5,6 +5,8 @@ use std::ffi::CStr;
 use libc::c_int;
 use redis_module::raw::{self, RedisModuleCtx, RedisModuleInfoCtx};
 
+use super::command::contained;
+
 /// A section of INFO, named as the module. The server puts "limiter_" before each name.
 pub trait Section {
     /// The field "version".
@@ -30,7 +32,7 @@ unsafe extern "C" fn fill<S: Section>(ctx: *mut RedisModuleInfoCtx, for_crash_re
     if for_crash_report != 0 {
         return; // We may have been in the middle of anything, and hold our own lock.
     }
-    let Ok(fields) = std::panic::catch_unwind(S::fields) else { return };
+    let Some(fields) = contained(S::fields) else { return };
     // SAFETY: the context is valid during the call, and the texts end with NUL and are copied.
     unsafe {
         if api!(RedisModule_InfoAddSection(ctx, std::ptr::null())) != raw::REDISMODULE_OK as c_int {

@@ -7,7 +7,7 @@
 //!   where there is one.
 //! - The server calls in on its one main thread, and each of our types that holds a server's
 //!   pointer borrows the [`Context`] of the call it came from, so it cannot outlive the call.
-//! - A panic never crosses into the server: [`command`] turns it into an error reply.
+//! - A panic never crosses into the server: whatever it calls runs [`contained`].
 //! - While a key is open, nothing runs that could change it behind the handle: no keyspace
 //!   notification (those are sent when the handle is closed), and no `RM_Call` but one that reads,
 //!   where the key cannot expire meanwhile.
@@ -36,7 +36,9 @@ mod reply;
 mod sorted_set;
 
 pub use blocked::{BlockedClient, Blocking};
-pub use command::{acl_names, Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec};
+pub use command::{
+    acl_names, contained, Access, Arg, Command, CommandResult, Keys, Module, Reply, Spec,
+};
 pub use context::{Context, OwnedStr, Permit, Str};
 pub use events::{listen_for_waiters, listen_for_writes, Listener, Timer};
 pub use info::Section;

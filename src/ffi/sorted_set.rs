@@ -15,6 +15,7 @@ use super::context::{Context, OwnedStr, Str};
 use super::events::anybody_listens;
 use super::reply::CallReply;
 use crate::limiter::{self, Found, Leases, Pruned, Put};
+use crate::trip::trip;
 
 /// Why a key could not be opened as a limiter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -323,6 +324,7 @@ impl Leases for SortedSet<'_> {
                 ));
             }
             self.events.add(raw::REDISMODULE_NOTIFY_ZSET, event::ZADD);
+            trip("write");
         }
         found
     }

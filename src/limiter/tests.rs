@@ -173,7 +173,7 @@ impl Model {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+pub enum Step {
     Acquire { key: u8, limit: u64, ttl_ms: i64, nx: bool },
     Renew { key: u8, ttl_ms: i64 },
     Release { keys: Vec<u8> },
@@ -183,7 +183,7 @@ enum Step {
     ForeignExpiry { expiry_ms: Option<i64> },
 }
 
-const START_MS: i64 = 1_800_000_000_000;
+pub const START_MS: i64 = 1_800_000_000_000;
 
 fn ttl_ms() -> impl Strategy<Value = i64> {
     prop_oneof![3 => 1..50_i64, 2 => 50..30_000_i64, 1 => 1..3 * EXPIRY_SLACK_MAX_MS]
@@ -261,7 +261,7 @@ fn on_unknown<R>(set: &mut Set, now_ms: i64, work: impl FnOnce(&mut Limiter<Set>
     on(set, &mut Facts::UNKNOWN.clone(), now_ms, work)
 }
 
-fn check(steps: Vec<Step>, prune_step: Option<u64>) {
+pub fn check(steps: Vec<Step>, prune_step: Option<u64>) {
     let mut now_ms = START_MS;
     let mut set = Set { step: prune_step, ..Set::default() };
     let mut facts = Facts::UNKNOWN;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 #[derive(Clone, Debug)]
-enum Step {
+pub enum Step {
     Join { db: i32, prefix: u8, deadline_ms: Option<i64> },
     Leave { nth: usize },
     Grant { nth_line: usize },
@@ -100,7 +100,7 @@ fn check(lines: &Lines<(i32, u8)>, model: &Model) {
     assert_eq!(lines.next_ms(), next_ms);
 }
 
-fn run(steps: Vec<Step>) {
+pub fn run(steps: Vec<Step>) {
     let mut lines = Lines::default();
     let mut model = Model::default();
     let mut now_ms = 0;

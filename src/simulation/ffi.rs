@@ -895,6 +895,8 @@ pub trait Listener {
     fn databases_swapped(ctx: &Context, first: i32, second: i32);
     fn disconnected(ctx: &Context, connection: u64);
     fn turned(ctx: &Context);
+    #[allow(dead_code)] // What panics here ends the test.
+    fn missed(ctx: &Context);
 }
 
 pub fn listen_for_writes<L: Listener>(_: &Context) {

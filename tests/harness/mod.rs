@@ -61,22 +61,22 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 /// The module's library, built with the profile of this test binary.
 pub fn module() -> &'static Path {
     static MODULE: OnceLock<PathBuf> = OnceLock::new();
-    MODULE.get_or_init(|| {
-        let mut build = Command::new(env!("CARGO"));
-        build
-            .args(["build", "--quiet", "--locked", "--lib"])
-            .current_dir(env!("CARGO_MANIFEST_DIR"));
-        if !cfg!(debug_assertions) {
-            build.arg("--release");
-        }
-        assert!(build.status().expect("cargo").success(), "the module does not build");
-        let test_binary = std::env::current_exe().expect("a test binary");
-        let profile = test_binary.ancestors().nth(2).expect("target/<profile>/deps/<binary>");
-        let name = format!("libredis_limiter{}", std::env::consts::DLL_SUFFIX);
-        let library = profile.join(name);
-        assert!(library.exists(), "{} was not built", library.display());
-        library
-    })
+    MODULE.get_or_init(|| build(&["--lib"], "libredis_limiter"))
+}
+
+/// Builds a library of this crate with the profile of this test binary; where it is.
+pub fn build(what: &[&str], library: &str) -> PathBuf {
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--locked"]).args(what).current_dir(env!("CARGO_MANIFEST_DIR"));
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    assert!(build.status().expect("cargo").success(), "{library} does not build");
+    let test_binary = std::env::current_exe().expect("a test binary");
+    let profile = test_binary.ancestors().nth(2).expect("target/<profile>/deps/<binary>");
+    let library = profile.join(format!("{library}{}", std::env::consts::DLL_SUFFIX));
+    assert!(library.exists(), "{} was not built", library.display());
+    library
 }
 
 /// Makes a library out of a C file below `tests/`.
@@ -613,6 +613,7 @@ impl Read for Uninterrupted<'_> {
     }
 }
 
+/// A command as it goes over the wire.
 pub fn packed<A: AsRef<[u8]>>(args: &[A]) -> Vec<u8> {
     let mut command = redis::Cmd::new();
     for arg in args {
