@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use fastrand::Rng;
 use redis::{RedisError, Value};
 
-use crate::harness::{error_text, string, wait_until, Client, DEADLINE};
+use crate::harness::{deadline, error_text, string, wait_until, Client};
 use crate::history::{Call, Operation, Reply};
 
 const OPERATIONS: Range<usize> = 20..61;
@@ -171,10 +171,10 @@ struct Connection {
 
 impl Connection {
     fn open(storm: &Storm) -> Self {
-        let give_up = Instant::now() + DEADLINE;
+        let give_up = Instant::now() + deadline();
         loop {
             let Master { port, reign } = *storm.master.lock().unwrap();
-            if let Ok(mut client) = Client::connect(port, DEADLINE) {
+            if let Ok(mut client) = Client::connect(port, deadline()) {
                 if let Ok(Value::Int(id)) = client.try_run(&["CLIENT", "ID"]) {
                     return Self { client, id: id.to_string(), port, reign };
                 }
