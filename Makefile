@@ -81,6 +81,11 @@ explore: setup ## Model check of the line, deeper than in `make test` (SECS=60 a
 	  CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
 	  cargo test --locked --release --lib simulation -- --nocapture
 
+# Lines that only a newer server runs are counted with REDIS_SERVER= one.
+coverage: setup ## Show which lines of src/ the tests run
+	@scripts/setup --coverage
+	@scripts/coverage
+
 lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
@@ -105,4 +110,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	explore histories lint deny mutants variants fmt clean
+	explore histories coverage lint deny mutants variants fmt clean
