@@ -92,6 +92,11 @@ fuzz: setup ## Fuzz the commands on a server, then the pure parts (SECONDS=60 fo
 	    -max_total_time=$(or $(SECONDS),60) -print_final_stats=1 || exit 1; \
 	done
 
+# Lines that only a newer server runs are counted with REDIS_SERVER= one.
+coverage: setup ## Show which lines of src/ the tests run
+	@scripts/setup --coverage
+	@scripts/coverage
+
 lint: setup ## Check format and clippy, warnings as errors
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
@@ -118,4 +123,4 @@ clean: ## Remove what was built, downloaded and stored
 		clients/node/node_modules
 
 .PHONY: help setup build run top install dist test test-clients test-servers bench memcheck soak \
-	explore histories fuzz lint deny mutants variants fmt clean
+	explore histories fuzz coverage lint deny mutants variants fmt clean

@@ -142,6 +142,20 @@ fn on_a_replica_it_tells_what_is_held_there() {
 }
 
 #[test]
+fn info_shows_it_when_asked_for_it_and_a_crash_report_never() {
+    // The report's own test of the memory often ends in the middle.
+    let mut server = Server::start_with(&["--crash-memcheck-enabled", "no"]);
+    let mut client = server.client();
+    assert!(client.text("INFO everything").contains("limiter_waiting"));
+    assert!(!client.text("INFO nothing").contains("limiter_waiting"));
+    // The report may be written in the middle of anything, with our lock held.
+    client.send(&["DEBUG", "PANIC"]);
+    wait_until("it has died", || !server.is_running());
+    let log = server.log();
+    assert!(log.contains("BUG REPORT END") && !log.contains("limiter_waiting"), "{log}");
+}
+
+#[test]
 fn whatever_happens_the_books_balance() {
     let seed =
         std::env::var("SEED").map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());

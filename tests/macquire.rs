@@ -118,6 +118,7 @@ fn errors_write_nothing() {
         ("LIMITER.MACQUIRE 2 p q a 45 1", "ERR syntax error"),
         ("LIMITER.MACQUIRE 2 p q a 45", "ERR syntax error"),
         ("LIMITER.MACQUIRE 3 p q a 45 1", "ERR syntax error"),
+        ("LIMITER.MACQUIRE 4 p q a 45", "ERR syntax error"),
         ("LIMITER.MACQUIRE 1 p a 45 1 1", "ERR syntax error"),
         ("LIMITER.MACQUIRE 2 p p a 45 1 1", "ERR syntax error"),
         ("LIMITER.MACQUIRE 1 p a 45 1 NX NX", "ERR syntax error"),

@@ -67,7 +67,10 @@ fn the_example_never_exceeds_the_limit_and_everybody_gets_a_slot() {
     let server = Server::start();
     run(async {
         let client = client(&server);
-        let shared = client.get_multiplexed_async_connection().await.expect("a connection");
+        // By default the crate gives a reply half a second.
+        let config = AsyncConnectionConfig::new().set_response_timeout(Some(deadline()));
+        let shared = client.get_multiplexed_async_connection_with_config(&config).await;
+        let shared = shared.expect("a connection");
         let inside = Arc::new(AtomicUsize::new(0));
         let tasks: Vec<_> = (0..20)
             .map(|n| {

@@ -103,7 +103,7 @@ fn after_any_load_everything_is_back_where_it_was() {
     println!("SEED={seed}");
     let (rounds, round_lasts) = match minutes {
         Some(minutes) => (12 * minutes, Duration::from_millis(4500)),
-        None => (3, Duration::from_secs(1)),
+        None => (3, Duration::from_secs(1) * slowness()),
     };
     let mut server = Server::start_with(&OPTIONS);
     let mut memory = Vec::new();

@@ -34,7 +34,7 @@ pub fn slowness() -> u32 {
     if runner().is_empty() {
         1
     } else {
-        10
+        20
     }
 }
 
