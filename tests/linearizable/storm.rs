@@ -156,7 +156,8 @@ impl Clock {
     }
 }
 
-fn now_us() -> i64 {
+/// What the system's clock shows.
+pub fn now_us() -> i64 {
     std::time::UNIX_EPOCH.elapsed().expect("a time after 1970").as_micros() as i64
 }
 
