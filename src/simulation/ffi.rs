@@ -8,7 +8,8 @@
 //! - a write while clients are paused, on a replica, or in the middle of a notification;
 //! - a key that is opened twice at once, or a call over an open key;
 //! - a client that is let go twice, or not when it is gone;
-//! - a timer that is stopped while it rings, or that is gone; two timers at once;
+//! - a timer that is stopped while it rings, or that is gone; two timers at once; one that rings
+//!   again and again while the server takes no writes;
 //! - any call while the module's state is locked, since the server may call back at once.
 //!
 //! One turn of its event loop: commands, and whatever else happens; [then](end_turn) timers that are
@@ -528,11 +529,17 @@ pub fn promote() {
 pub fn end_turn() {
     let due = with(|server| server.timer.clone().filter(|_| server.timer_is_due()));
     if let Some(timer) = due {
-        with(|server| server.ringing = server.timer.take().map(|timer| timer.rings_ms));
+        let refused_ms = with(|server| {
+            server.ringing = server.timer.take().map(|timer| timer.rings_ms);
+            server.refused_ms.take()
+        });
         Pump::ring(&Context::new(0, Call::Timer));
         with(|server| {
             server.demand(server.ringing == Some(timer.rings_ms), "the timer was freed twice");
             server.ringing = None;
+            let spins = server.refused_ms.is_some() && server.timer_is_due();
+            server.demand(!spins, "a pump that was refused comes back at once");
+            server.refused_ms = server.refused_ms.or(refused_ms);
         });
     }
     let mut replied = Vec::new();

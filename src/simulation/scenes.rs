@@ -127,9 +127,10 @@ fn databases() -> Scene {
 /// one.
 fn outside() -> Scene {
     let steps = [
-        (Step::Acquire(ask(0, P, b'a', 2, 100)), 1),
+        (Step::Acquire(ephemeral(ask(0, P, b'a', 2, 100))), 1),
         (Step::Wait(ask(1, P, b'b', 1, 200), None), 1),
         (Step::Wait(ask(2, P, b'c', 2, 200), None), 1),
+        (Step::Close(0), 1),
         (Step::Release(P, b'a'), 1),
         (Step::Others(Change::Zadd(P, b'y', 51)), 1),
         (Step::Others(Change::Zadd(P, b'z', 51)), 1),
