@@ -453,6 +453,9 @@ impl Drop for Fuzzer<'_> {
             }
             connection.sent.iter().for_each(|command| eprintln!("    {command}"));
         }
+        if let Ok(Value::BulkString(info)) = self.admin.try_run(&["INFO", "memory"]) {
+            eprintln!("--- the server's memory ---\n{}", String::from_utf8_lossy(&info));
+        }
         eprintln!("--- this round again: SEED={} cargo test --test fuzz ---", self.seed);
     }
 }
@@ -517,6 +520,7 @@ fn no_input_stops_the_server_or_leaves_anything_behind() {
         fuzzer.round(first_seed.wrapping_add(round));
         if round < WARM_UP {
             before = fuzzer.settled_dataset();
+            println!("{before} bytes of data after round {round}");
         } else {
             let a_command = LEFT_BEHIND_A_COMMAND * fuzzer.tally.commands as i64;
             let allowed = before + LEFT_BEHIND + a_command;
