@@ -78,9 +78,9 @@ pub const VARIANTS: &[Variant] = &[
             NO_PERSIST,
             change(
                 COMMAND,
-                "answer(&ctx, || C::run(&ctx, args))",
+                "C::run(&ctx, args)",
                 "unsafe { raw::RedisModule_ReplicateVerbatim.unwrap()(ctx.as_ptr()) };
-                 answer(&ctx, || C::run(&ctx, args))",
+                 C::run(&ctx, args)",
             ),
         ],
         caught_by:
@@ -140,8 +140,8 @@ pub const VARIANTS: &[Variant] = &[
         name: "a command writes a line to the log",
         changes: &[change(
             COMMAND,
-            "answer(&ctx, || C::run(&ctx, args))",
-            r#"ctx.log_warning(c"limiter: called"); answer(&ctx, || C::run(&ctx, args))"#,
+            "C::run(&ctx, args)",
+            r#"log_warning(c"limiter: called"); C::run(&ctx, args)"#,
         )],
         caught_by: "security::no_command_writes_a_line_to_the_log",
     },
@@ -268,7 +268,7 @@ pub const VARIANTS: &[Variant] = &[
         name: "FLUSHALL is not heard",
         changes: &[change(
             EVENTS,
-            "contained(&ctx, || L::database_flushed(&ctx, db));",
+            "tell::<L>(&ctx, || L::database_flushed(&ctx, db));",
             "let _ = (ctx, db);",
         )],
         caught_by: "waiting::every_change_by_others_moves_the_line",
@@ -277,7 +277,7 @@ pub const VARIANTS: &[Variant] = &[
         name: "SWAPDB is not heard",
         changes: &[change(
             EVENTS,
-            "contained(&ctx, || L::databases_swapped(&ctx, info.dbnum_first, info.dbnum_second));",
+            "tell::<L>(&ctx, || L::databases_swapped(&ctx, info.dbnum_first, info.dbnum_second));",
             "let _ = (ctx, info);",
         )],
         caught_by: "waiting::every_change_by_others_moves_the_line",
