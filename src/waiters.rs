@@ -704,6 +704,7 @@ impl Pump {
 
     /// Serves the lines that are due.
     fn serve_due(ctx: &Context, now_ms: i64) -> Result<(), Refused> {
+        let mut gone = None;
         for _ in 0..WORK_A_TURN {
             let due = with(|hall| {
                 let line = hall.lines.next_due()?;
@@ -728,6 +729,16 @@ impl Pump {
                 }
             }
             match OpenLimiter::open(ctx, prefix.as_str()) {
+                // In a cluster a key that is gone may have to be made on another node. This one may
+                // have expired since the server was asked: it is asked once more.
+                Ok(open)
+                    if gone != Some(line)
+                        && ctx.is_clustered()
+                        && open.limiter.leases().count() == 0 =>
+                {
+                    gone = Some(line);
+                    with(|hall| hall.lines.touch_line(line));
+                }
                 Ok(mut open) => grant(ctx, line, &mut open.limiter, now_ms),
                 Err(NotOpened::WrongType) => dismiss(line, Answer::WrongType, now_ms),
                 Err(NotOpened::Frozen) => with(|hall| hall.lines.touch_line(line)),
