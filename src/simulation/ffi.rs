@@ -221,9 +221,11 @@ impl Server {
         *last_id * CLIENTS as u64 + client as u64
     }
 
-    /// The set, unless it has expired, whether it is still there or not.
+    /// The set, unless it has expired, whether it is still there or not. It does not expire as long
+    /// as it is open, also when it is given an expiry that has passed.
     pub fn set(&self, limiter: LimiterId) -> Option<&Set> {
         match self.keys.get(&limiter) {
+            Some(Value::Set(set)) if self.open.contains(&limiter) => Some(set),
             Some(Value::Set(set)) if !self.has_expired(limiter) => Some(set),
             _ => None,
         }
