@@ -64,6 +64,10 @@ struct Ask {
     is_ephemeral: bool,
 }
 
+/// How many times the timer may ring until there is nothing more to do: more than there are leases
+/// and waiters at once.
+const RINGS_TO_REST: usize = 20;
+
 /// What must not be.
 type Fault = &'static str;
 
@@ -163,13 +167,13 @@ fn come_to_rest(judge: &mut Judge) -> Result<(), Fault> {
         take(Step::Close(client), judge)?;
     }
     do_all(judge)?;
-    for _ in 0..3 {
+    for _ in 0..RINGS_TO_REST {
         take(Step::Turn, judge)?;
         if inspect::is_empty() && with(|server| server.timer.is_none()) {
             return Ok(());
         }
-        // The pump has yet to come back for leases that the judge is uncertain of. Or nobody has
-        // ever waited: then a timer without a purpose is not stopped, and rings.
+        // The pump has yet to come back for leases that the judge is uncertain of, each at its own
+        // time. Or nobody has ever waited: then a timer without a purpose is not stopped, and rings.
         if inspect::is_due() || with(|server| server.forgoes_turns()) {
             wait_for_timer();
         }
@@ -179,7 +183,7 @@ fn come_to_rest(judge: &mut Judge) -> Result<(), Fault> {
 
 /// Lets the server go on until there is nothing to be done.
 fn do_all(judge: &mut Judge) -> Result<(), Fault> {
-    for _ in 0..20 {
+    for _ in 0..RINGS_TO_REST {
         take(Step::Turn, judge)?;
         if with(|server| server.timer_is_due()) {
             continue;

@@ -503,7 +503,7 @@ fn dismiss(line: LineId, answer: Answer, now_ms: i64) {
 /// Sets the timer to the soonest thing there is to do. If there is nothing, it is stopped at the
 /// next turn: a waiter's reply need not wait for that.
 fn set_timer(ctx: &Context) {
-    let Some(next_ms) = with(|hall| hall.next_ms_to_set()) else { return };
+    let Some(next_ms) = with(|hall| hall.next_ms()) else { return };
     let now_ms = ctx.now_ms();
     let old = with(|hall| hall.timer.take_if(|timer| timer.rings_ms > next_ms.max(now_ms)));
     if let Some(old) = old {
@@ -524,8 +524,7 @@ pub struct Pump;
 impl Listener for Pump {
     fn ring(ctx: &Context) {
         with(|hall| {
-            hall.timer = None;
-            hall.rings = true;
+            hall.timer = None; // While it rings it must not be stopped.
             hall.not_before_ms = i64::MIN;
         });
         let _end = RingEnd(ctx);
@@ -753,7 +752,6 @@ struct RingEnd<'c>(&'c Context);
 
 impl Drop for RingEnd<'_> {
     fn drop(&mut self) {
-        with(|hall| hall.rings = false);
         set_timer(self.0);
     }
 }
@@ -786,7 +784,6 @@ struct Hall {
     listens_for_writes: bool,
     listens_for_waiters: bool,
     timer: Option<SetTimer>,
-    rings: bool,
     not_before_ms: i64,
 }
 
@@ -828,12 +825,6 @@ impl Hall {
     fn next_ms(&self) -> Option<i64> {
         let next_ms = [self.ties.next_lost_ms(), self.lines.next_ms()].into_iter().flatten().min();
         next_ms.map(|ms| ms.max(self.not_before_ms))
-    }
-
-    /// The same, if the timer is to be set to it.
-    fn next_ms_to_set(&self) -> Option<i64> {
-        // While it rings it must not be stopped, and is set at the end.
-        self.next_ms().filter(|_| !self.rings)
     }
 
     /// The ties of leases whose holder was replied in this turn on this connection. They are the
