@@ -12,6 +12,7 @@
 //! Arrival, departure from anywhere in a line, and finding what is due are O(log N).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 /// A waiter's name: the number of its arrival, never used twice.
 pub type WaiterId = u64;
@@ -24,7 +25,7 @@ pub type LineId = u64;
 pub struct Lines<W> {
     waiters: BTreeMap<WaiterId, Standing<W>>,
     lines: BTreeMap<LineId, Line>,
-    by_limiter: BTreeMap<i32, HashMap<Box<[u8]>, LineId>>,
+    by_limiter: BTreeMap<i32, HashMap<Arc<[u8]>, LineId>>,
     due: BTreeSet<LineId>,
     alarms: BTreeSet<(i64, Alarm)>,
     next_id: u64,
@@ -40,7 +41,7 @@ struct Standing<W> {
 #[cfg_attr(test, derive(Clone, Hash))]
 struct Line {
     db: i32,
-    prefix: Box<[u8]>,
+    prefix: Arc<[u8]>,
     // Arrival numbers only grow, so this order is that of arrival.
     waiting: BTreeSet<WaiterId>,
     alarm_ms: Option<i64>,
@@ -77,8 +78,8 @@ impl<W> Lines<W> {
 
     /// The limiter whose line it is.
     #[must_use]
-    pub fn limiter(&self, line: LineId) -> Option<(i32, &[u8])> {
-        self.lines.get(&line).map(|line| (line.db, &*line.prefix))
+    pub fn limiter(&self, line: LineId) -> Option<(i32, &Arc<[u8]>)> {
+        self.lines.get(&line).map(|line| (line.db, &line.prefix))
     }
 
     /// How many stand in all lines, and how many lines there are.
@@ -104,7 +105,7 @@ impl<W> Lines<W> {
     pub fn join(
         &mut self,
         db: i32,
-        prefix: &[u8],
+        prefix: &Arc<[u8]>,
         deadline_ms: Option<i64>,
         waiter: W,
     ) -> (WaiterId, LineId) {
@@ -113,8 +114,8 @@ impl<W> Lines<W> {
             Some(line_id) => line_id,
             None => {
                 let line_id = self.new_id();
-                self.by_limiter.entry(db).or_default().insert(prefix.into(), line_id);
-                let prefix = prefix.into();
+                self.by_limiter.entry(db).or_default().insert(prefix.clone(), line_id);
+                let prefix = prefix.clone();
                 let line = Line { db, prefix, waiting: BTreeSet::new(), alarm_ms: None };
                 self.lines.insert(line_id, line);
                 line_id

@@ -16,7 +16,9 @@
 //!
 //! Everything is O(log N), but for [`Ties::swap_databases`].
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 /// A tie's name.
 pub type TieId = u64;
@@ -36,9 +38,9 @@ pub struct Lease {
     /// The database.
     pub db: i32,
     /// The limiter.
-    pub prefix: Box<[u8]>,
+    pub prefix: Arc<[u8]>,
     /// The holder.
-    pub key: Box<[u8]>,
+    pub key: Arc<[u8]>,
     /// When it lapses.
     pub lapse_ms: i64,
 }
@@ -48,7 +50,7 @@ pub struct Lease {
 #[cfg_attr(test, derive(Clone))]
 pub struct Ties {
     ties: BTreeMap<TieId, Tie>,
-    by_lease: BTreeMap<i32, HashMap<Box<[u8]>, Holders>>,
+    by_lease: BTreeMap<i32, HashMap<Arc<[u8]>, Holders>>,
     by_owner: BTreeSet<(Owner, TieId)>,
     by_lapse: BTreeSet<(i64, TieId)>,
     /// With the time from which on the lease can be taken back.
@@ -57,7 +59,7 @@ pub struct Ties {
 }
 
 /// The ties of one limiter's holders.
-type Holders = HashMap<Box<[u8]>, TieId>;
+type Holders = HashMap<Arc<[u8]>, TieId>;
 
 #[cfg_attr(test, derive(Clone, Hash))]
 struct Tie {
@@ -89,12 +91,15 @@ impl Ties {
     /// Ties a lease to an owner, in place of any other tie it has.
     pub fn tie(&mut self, lease: Lease, owner: Owner, now_ms: i64) -> TieId {
         self.forget_lapsed(now_ms);
-        self.cut(lease.db, &lease.prefix, &lease.key);
         self.last_id = self.last_id.wrapping_add(1);
         let id = self.last_id;
+        let limiters = self.by_lease.entry(lease.db).or_default();
+        let holders = limiters.entry(lease.prefix.clone()).or_default();
+        if let Some(old) = holders.insert(lease.key.clone(), id) {
+            self.remove_but_for_lease(old);
+        }
         self.by_owner.insert((owner, id));
         self.by_lapse.insert((lease.lapse_ms, id));
-        self.index(&lease, id);
         self.ties.insert(id, Tie { lease, owners: vec![owner], take_back_ms: i64::MIN });
         id
     }
@@ -245,30 +250,29 @@ impl Ties {
         self.by_lease.get(&db)?.get(prefix)?.get(key).copied()
     }
 
-    fn index(&mut self, lease: &Lease, id: TieId) {
-        let limiters = self.by_lease.entry(lease.db).or_default();
-        limiters.entry(lease.prefix.clone()).or_default().insert(lease.key.clone(), id);
+    fn remove(&mut self, id: TieId) {
+        let Some(Lease { db, prefix, key, .. }) = self.remove_but_for_lease(id) else { return };
+        let Some(limiters) = self.by_lease.get_mut(&db) else { return };
+        if let Entry::Occupied(mut holders) = limiters.entry(prefix) {
+            holders.get_mut().remove(&key);
+            if holders.get().is_empty() {
+                holders.remove();
+            }
+        }
+        if limiters.is_empty() {
+            self.by_lease.remove(&db);
+        }
     }
 
-    fn remove(&mut self, id: TieId) -> Option<Tie> {
-        let tie = self.ties.remove(&id)?;
-        self.by_lapse.remove(&(tie.lease.lapse_ms, id));
-        self.lost.remove(&(tie.take_back_ms, id));
-        for owner in &tie.owners {
-            self.by_owner.remove(&(*owner, id));
+    /// Removes a tie, but leaves its lease to the caller.
+    fn remove_but_for_lease(&mut self, id: TieId) -> Option<Lease> {
+        let Tie { lease, owners, take_back_ms } = self.ties.remove(&id)?;
+        self.by_lapse.remove(&(lease.lapse_ms, id));
+        self.lost.remove(&(take_back_ms, id));
+        for owner in owners {
+            self.by_owner.remove(&(owner, id));
         }
-        if let Some(limiters) = self.by_lease.get_mut(&tie.lease.db) {
-            if let Some(leases) = limiters.get_mut(&tie.lease.prefix) {
-                leases.remove(&tie.lease.key);
-                if leases.is_empty() {
-                    limiters.remove(&tie.lease.prefix);
-                }
-            }
-            if limiters.is_empty() {
-                self.by_lease.remove(&tie.lease.db);
-            }
-        }
-        Some(tie)
+        Some(lease)
     }
 }
 

@@ -199,11 +199,12 @@ pub fn acquire_or_wait<B: Blocking>(
     let Some(client) = BlockedClient::block::<B>(ctx) else {
         return Ok(Turn::Waits); // The server has told the client why.
     };
+    let prefix: Arc<[u8]> = ask.prefix.bytes().into();
     let waiter = Waiter {
         client,
         connection,
         db,
-        prefix: ask.prefix.bytes().into(),
+        prefix: prefix.clone(),
         key: ask.key.bytes().into(),
         since_ms: now_ms,
         limit: ask.limit,
@@ -211,10 +212,10 @@ pub fn acquire_or_wait<B: Blocking>(
         until: ask.until,
     };
     with(|hall| {
-        let (id, line) = hall.lines.join(db, ask.prefix.bytes(), deadline_ms, waiter);
+        let (id, line) = hall.lines.join(db, &prefix, deadline_ms, waiter);
         hall.waiters.insert(client, id);
         let counted = Counters { waits: 1, ..Counters::default() };
-        hall.records.note_wait(db, ask.prefix.bytes(), &counted);
+        hall.records.note_wait(db, &prefix, &counted);
         if hall.lines.len(line) == 1 {
             hall.lines.set_alarm(line, next_look_ms);
         }
@@ -707,10 +708,9 @@ impl Pump {
         for _ in 0..WORK_A_TURN {
             let due = with(|hall| {
                 let line = hall.lines.next_due()?;
-                hall.lines.limiter(line).map(|(db, prefix)| (line, db, Box::from(prefix)))
+                hall.lines.limiter(line).map(|(db, prefix)| (line, db, prefix.clone()))
             });
             let Some((line, db, prefix)) = due else { break };
-            let prefix: Box<[u8]> = prefix;
             let _again = AgainAfterPanic { ctx, line, now_ms };
             let Some(prefix) = OwnedStr::copy(&prefix) else { break };
             if !ctx.select_db(db) {
@@ -878,7 +878,8 @@ impl Hall {
         now_ms: i64,
     ) {
         let Some((db, prefix)) = self.lines.limiter(line) else { return };
-        let lease = Lease { db, prefix: prefix.into(), key: (*waiter.key).into(), lapse_ms };
+        let (prefix, key) = (prefix.clone(), waiter.key.clone());
+        let lease = Lease { db, prefix, key, lapse_ms };
         let owner = Owner::Waiter(id);
         let tie = if outcome == Outcome::Acquired || waiter.until != Until::Lapse {
             Some(self.ties.tie(lease, owner, now_ms))

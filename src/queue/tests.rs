@@ -90,7 +90,7 @@ fn check(lines: &Lines<(i32, u8)>, model: &Model) {
             if let Some(line) = line {
                 assert_eq!(lines.len(line), expected.len());
                 assert_eq!(lines.head(line).map(|(id, _)| id), Some(expected[0].id));
-                assert_eq!(lines.limiter(line), Some((db, &[prefix][..])));
+                assert_eq!(lines.limiter(line), Some((db, &Arc::from([prefix]))));
             }
         }
     }
@@ -108,7 +108,7 @@ pub fn run(steps: Vec<Step>) {
         match step {
             Step::Join { db, prefix, deadline_ms } => {
                 let deadline_ms = deadline_ms.map(|ms| now_ms + ms);
-                let (id, _) = lines.join(db, &[prefix], deadline_ms, (db, prefix));
+                let (id, _) = lines.join(db, &Arc::from([prefix]), deadline_ms, (db, prefix));
                 model.in_order.push(Waiter { id, limiter: (db, prefix), deadline_ms });
             }
             Step::Leave { nth } if !model.in_order.is_empty() => {
