@@ -306,6 +306,18 @@ impl Run<'_> {
 }
 
 #[test]
+fn a_swap_of_databases_brings_another_set_under_the_same_name() {
+    let server = Server::start();
+    let (mut zero, mut one) = (server.client(), server.client());
+    one.call("SELECT 1");
+    one.int("ZADD p 1 lapsed");
+    assert_eq!(zero.int("LIMITER.ACQUIRE p a 1 45"), 1);
+    zero.call("SWAPDB 0 1");
+    assert_eq!(zero.int("LIMITER.ACQUIRE p b 1 45"), 1, "what lapsed there is pruned");
+    assert_eq!(one.int("LIMITER.ACQUIRE p c 1 45"), 0);
+}
+
+#[test]
 fn the_server_answers_as_the_model_under_foreign_writes() {
     let server = Server::start_with(&["--appendonly", "yes"]);
     let mut client = server.client();

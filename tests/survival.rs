@@ -98,17 +98,21 @@ fn a_failover_ends_the_waits_with_an_error_and_the_new_master_goes_on() {
         admin.info("replication", "connected_slaves") == "1"
             && admin.info("replication", "slave0").contains("state=online")
     });
-    let Scene { mut first, mut second, impatient, owner } = scene(&server);
+    let Scene { mut first, mut second, impatient, mut owner } = scene(&server);
     assert_eq!(admin.call("FAILOVER"), Value::Okay);
     for waiter in [&mut first, &mut second] {
         let reply = waiter.receive();
         // The lapse may have come before: then the first was granted in order.
         assert!(reply == ONE || error_text(&reply).starts_with("UNBLOCKED"), "{reply:?}");
     }
-    drop((impatient, owner));
+    drop(impatient);
     let mut on_successor = successor.client();
     wait_until("it is the master", || on_successor.info("replication", "role") == "master");
     wait_until("the old master follows", || admin.info("replication", "role") == "slave");
+    // Its EPHEMERAL lease is in the hands of the new master: here nothing may be written.
+    let owner_line = format!("CLIENT LIST ID {}", owner.id());
+    owner.close();
+    wait_until("its connection is closed", || admin.text(&owner_line).is_empty());
     assert!(admin.error("LIMITER.BACQUIRE p x 9 45 0").starts_with("READONLY"));
     assert_eq!(on_successor.int("LIMITER.ACQUIRE p new 9 45"), 1);
     check_replica(&successor, &server);

@@ -792,11 +792,12 @@ fn lines_of_several_databases_are_apart_and_stay_where_they_are_in_a_swap() {
     wait_until("both wait", || server.blocked() == 2);
     zero.call("SWAPDB 0 1");
     assert_eq!(zero.strings("LIMITER.HOLDERS p")[0], "b", "the leases have changed places");
-    zero.int("LIMITER.RELEASE p b");
-    assert_eq!(on_zero.receive(), ONE, "the waiter waits for its database's number");
-    assert!(!on_one.has_reply());
+    // In the order of their arrival they would be granted only if they stood in one line.
     one.int("LIMITER.RELEASE p a");
-    assert_eq!(on_one.receive(), ONE);
+    assert_eq!(on_one.receive(), ONE, "the waiter waits for its database's number");
+    assert!(!on_zero.has_reply());
+    zero.int("LIMITER.RELEASE p b");
+    assert_eq!(on_zero.receive(), ONE);
     check_at_the_end(server);
 }
 
@@ -836,8 +837,8 @@ fn check_that_nothing_is_kept(count: usize, work: impl Fn(&Server, &mut Client, 
     work(&server, &mut client, count);
     let waited = number(&mut client, "limiter", "limiter_waits") - waits;
     assert!(waited > count as i64 * 9 / 10, "{waited} of {count} waited");
-    // Some 30 bytes for each would be too much.
-    let bound = memory + 30 * count as i64;
+    // What is kept of so many would be more, and the server's buffers are less.
+    let bound = memory + 90_000;
     wait_until("their memory is back", || number(&mut client, "memory", "used_memory") < bound);
 }
 

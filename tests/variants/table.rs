@@ -365,7 +365,7 @@ pub const VARIANTS: &[Variant] = &[
             "hall.records.forget_all_facts(); hall.lines.touch_database(Some(first));",
             "hall.lines.touch_database(Some(first));",
         )],
-        caught_by: "model::the_server_answers_as_the_model_under_foreign_writes",
+        caught_by: "model::a_swap_of_databases_brings_another_set_under_the_same_name",
     },
     Variant {
         name: "what was loaded anew is still known",
