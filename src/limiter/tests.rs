@@ -539,3 +539,13 @@ fn an_expiry_that_is_near_enough_is_not_rewritten() {
     });
     assert_eq!(set.expiries_written, 1, "it is an hour and a half after the last lease's end");
 }
+
+#[test]
+fn lapsed_leases_that_are_left_do_not_keep_a_late_expiry() {
+    let mut set = Set { step: Some(1), ..Set::default() };
+    set.members.extend((0..3).map(|key| (key, 1.0)));
+    set.expiry_ms = Some(START_MS + EXPIRY_SLACK_MS);
+    on_unknown(&mut set, START_MS, |limiter| limiter.release(&[9], START_MS));
+    assert_eq!(set.count(), 2);
+    check_expiry(&set);
+}
