@@ -219,6 +219,14 @@ pub fn prefixes() -> Vec<Vec<u8>> {
     prefixes
 }
 
+/// The time-out of who waits with a limit that is never met: nobody behind it would be answered
+/// before.
+const SHORT: &[u8] = b"0.002";
+
+fn is_never_met(limit: &[u8]) -> bool {
+    limit.iter().all(|digit| *digit == b'0')
+}
+
 /// Where the commands come from.
 pub struct Source {
     pub rng: Rng,
@@ -348,6 +356,11 @@ impl Source {
         };
         if self.once_in(25) {
             self.garble(&mut words);
+            if let [name, _, _, limit, _, timeout, ..] = &mut words[..] {
+                if name == b"LIMITER.BACQUIRE" && is_never_met(limit) {
+                    *timeout = SHORT.into();
+                }
+            }
             return Command { words, expect: Expect::Garbled };
         }
         Command { words, expect: if right { Expect::Runs(shape) } else { Expect::Refused } }
@@ -365,9 +378,8 @@ impl Source {
     fn bacquire(&mut self) -> (Words, Shape, bool) {
         let ((limit, limit_right), (ttl, ttl_right)) = (self.limit(), self.ttl());
         let (mut timeout, mut timeout_right) = self.timeout();
-        if limit.iter().all(|digit| *digit == b'0') {
-            // Never met: nobody behind it would be answered before it times out.
-            (timeout, timeout_right) = (b"0.002".into(), true);
+        if is_never_met(&limit) {
+            (timeout, timeout_right) = (SHORT.into(), true);
         }
         let mut words =
             vec![b"LIMITER.BACQUIRE".into(), self.prefix(), self.key(), limit, ttl, timeout];
