@@ -693,8 +693,8 @@ impl Pump {
             Ok(open) => open,
             Err(why) => return Ok(why == NotOpened::WrongType),
         };
-        // Another end is another lease: somebody wrote there without asking us.
         trip("take-back");
+        // Another end is another lease: somebody wrote there without asking us.
         if open.limiter.leases().holds_until(key, lease.lapse_ms) {
             let ended = open.limiter.release(&[key], now_ms);
             with(|hall| hall.closed = hall.closed.saturating_add(ended));

@@ -88,12 +88,7 @@ unsafe extern "C" fn reply<B: Blocking>(
         let number = api!(RedisModule_GetBlockedClientPrivateData(ctx)) as usize as u64;
         (Context::new(ctx), number, api!(RedisModule_GetBlockedClientHandle(ctx)))
     };
-    let result = contained(|| B::reply(&ctx, number));
-    if result.is_none() {
-        // It is told of an error, and must not hold what it was granted.
-        lose::<B>(&ctx, client);
-    }
-    answer(&ctx, result)
+    answer_or_lose::<B>(&ctx, client, || B::reply(&ctx, number))
 }
 
 /// # Safety
@@ -106,11 +101,7 @@ unsafe extern "C" fn given_up<B: Blocking>(
     // SAFETY: the server's context of the call at hand.
     let (ctx, client) =
         unsafe { (Context::new(ctx), api!(RedisModule_GetBlockedClientHandle(ctx))) };
-    let result = contained(|| Ok(B::given_up(&ctx, BlockedClient(client as usize))));
-    if result.is_none() {
-        lose::<B>(&ctx, client);
-    }
-    answer(&ctx, result)
+    answer_or_lose::<B>(&ctx, client, || Ok(B::given_up(&ctx, BlockedClient(client as usize))))
 }
 
 /// # Safety
@@ -122,6 +113,19 @@ unsafe extern "C" fn gone<B: Blocking>(
     // SAFETY: the server's context of the call at hand.
     let ctx = unsafe { Context::new(ctx) };
     lose::<B>(&ctx, client);
+}
+
+/// Answers the client. If that panics it is told of an error, and must not hold what it was granted.
+fn answer_or_lose<B: Blocking>(
+    ctx: &Context,
+    client: *mut RedisModuleBlockedClient,
+    run: impl FnOnce() -> CommandResult,
+) -> c_int {
+    let result = contained(run);
+    if result.is_none() {
+        lose::<B>(ctx, client);
+    }
+    answer(ctx, result)
 }
 
 /// The client is gone. The server frees it now, whatever we do: if it stayed in a line it would be
